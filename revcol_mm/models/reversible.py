@@ -1,0 +1,435 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The multi-level reversible unit (RevCol, ICLR 2023, section 3.2) and its training without stored activations.
+
+A column turns the features p of the column before it into its own features y, level by level (equation 3)::
+
+    forward:  y[l] = F[l](y[l-1], p[j] for j in above[l]) + γ[l]·p[l]        l = 0 … L-1,   y[-1] = x, the stem's output
+    inverse:  p[l] = (y[l] − F[l](y[l-1], p[j] for j in above[l])) / γ[l]    l = L-1 … 0,   every j > l
+
+so that the features of all columns follow from those of the last. :func:`run_columns` trains a stack of columns that
+way: between forward and backward it keeps the stem's output, the features of the last column, and a few anchors.
+
+**Precision.** Rebuilding divides by γ once a column, which amplifies every rounding error. Therefore the *stream* γ·p + F is
+carried in float64, while every F runs in the working precision on the stream's rounding (so a rebuilt input of F is bit for
+bit the one of the forward pass, as long as the drift stays below half a rounding step). Before the product of 1/|γ| along the
+columns passes :data:`ANCHOR_BUDGET`, a column's features are kept: an *anchor*. There the stream is rounded to the working
+precision in the forward pass too, so that an anchor costs no more than the features and is exact.
+
+**Check.** The first column has no shortcut: its rebuilt features are compared with the recomputed ones in every backward pass,
+and so are the rebuilt features at each anchor, and those of the last frozen column. Unchecked remain: a backward pass that
+ends before it meets one of these (``torch.autograd.grad`` for parameters of late columns only), and the recomputation of F
+itself where its error is smaller than the threshold.
+"""
+import math
+import warnings
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+
+#: Smallest |γ|: below it the inverse of a column would amplify without bound.
+MIN_GAMMA = 1e-3
+#: Largest product of 1/|γ| along the columns that are rebuilt from one anchor. Not float64's 2^52: once the drift flips one
+#: float32 rounding of an input of F, an error of 2^-24 enters, and the columns that remain amplify it.
+ANCHOR_BUDGET = 2.0**16
+#: Largest drift, relative to the largest feature of the level, that passes for exact.
+DRIFT_THRESHOLD = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-6}
+
+
+class ReversibilityError(RuntimeError):
+    """The features that a backward pass rebuilt are not those of the forward pass: its gradients are wrong."""
+
+
+def keep_invertible(gamma: Tensor) -> Tensor:
+    """γ with |γ| raised to at least :data:`MIN_GAMMA`, its sign kept; a γ of exactly 0 becomes +MIN_GAMMA.
+
+    A function of the parameter, which is never written to: training, evaluation, EMA copies and sharded parameters all see the
+    same value. The gradient passes straight through, so that a γ which has fallen below the bound can recover.
+    """
+    value = gamma.detach()
+    bound = torch.where(value < 0, -MIN_GAMMA, MIN_GAMMA).to(value.dtype)
+    value = torch.where(value.abs() < MIN_GAMMA, bound, value)
+    return value + (gamma - gamma.detach()) if torch.is_grad_enabled() and gamma.requires_grad else value
+
+
+def couple(f: Tensor, gamma: Tensor, p: Tensor) -> Tensor:
+    """Forward: y[l] = F[l](…) + γ[l]·p[l]."""
+    return f + gamma * p
+
+
+def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
+    """Inverse: p[l] = (y[l] − F[l](…)) / γ[l]."""
+    return (y - f) / gamma
+
+
+class ReversibleColumn(nn.Module):
+    """A column: L levels F[l], their shortcuts' γ[l], and which levels of the column before each F[l] reads.
+
+    Any modules can be levels: ``F[l](below, *above)`` gets y[l-1] (the stem's output for l = 0) and the features that
+    ``above[l]`` names, and returns a tensor of the shape of p[l]. Submodules and parameters are named as in the released
+    checkpoints: ``level{l}``, ``alpha{l}`` (= γ[l]).
+
+    Args:
+        levels: the L modules F[l].
+        gamma_shapes: shape of each γ[l], broadcastable to level l's features.
+        above: for each level, the levels of the column before that it reads; every one > l. Ignored in the first column.
+        first: the first column has no column before it: no upward path and no shortcut. Its γ stand in the released
+            files and have no effect: parameters without gradient.
+        gamma_init: initial value of γ. Default: 0.5.
+    """
+
+    def __init__(self, levels: Sequence[nn.Module], gamma_shapes: Sequence[Tuple[int, ...]],
+                 above: Sequence[Tuple[int, ...]], first: bool = False, gamma_init: float = 0.5) -> None:
+        super().__init__()
+        for level, sources in enumerate(above):
+            if any(j <= level for j in sources):
+                raise ValueError(f'above[{level}] = {sources}: a level may read only higher levels of the column before '
+                                 'it, or the column cannot be inverted')
+        self.first = first
+        self.num_levels = len(levels)
+        self.gamma_shapes = tuple(map(tuple, gamma_shapes))
+        self.above = tuple(() if first else tuple(sources) for sources in above)
+        for index, shape in enumerate(gamma_shapes):
+            gamma = torch.full(shape, float(gamma_init))
+            self.register_parameter(f'alpha{index}', nn.Parameter(gamma, requires_grad=not first))
+        for index, level in enumerate(levels):
+            self.add_module(f'level{index}', level)
+        # Inside a FullyShardedDataParallel forward the parameters are plain attributes, which named_parameters() misses.
+        self._level_names = [tuple(name for name, _ in level.named_parameters()) for level in levels]
+
+    @property
+    def levels(self) -> List[nn.Module]:
+        return [self._modules[f'level{index}'] for index in range(self.num_levels)]
+
+    @property
+    def gammas(self) -> List[Tensor]:
+        return [getattr(self, f'alpha{index}') for index in range(self.num_levels)]
+
+    def forward(self, x: Tensor, p: Optional[Sequence[Tensor]], call: Optional['ReversibleCall'] = None
+                ) -> Tuple[Tensor, ...]:
+        """Features of this column, one per level.
+
+        Args:
+            x: the stem's output.
+            p: features of the column before; None in the first column.
+            call: the state of a reversible pass (see :func:`run_columns`); None for plain autograd.
+        """
+        if call is not None:
+            return call.apply(self, x, p)
+        y: List[Tensor] = []
+        for index, level in enumerate(self.levels):
+            f = level(y[-1] if y else x, *(p[j] for j in self.above[index]))
+            y.append(f if self.first else couple(f, keep_invertible(self.gammas[index]), p[index]))
+        return tuple(y)
+
+    def level_parameters(self, index: int) -> dict:
+        """Name and tensor of every parameter that F[index] uses, wherever a wrapper has put them."""
+        level = self._modules[f'level{index}']
+        found = dict(level.named_parameters())
+        for name in self._level_names[index]:
+            if name not in found:
+                owner, _, leaf = name.rpartition('.')
+                try:
+                    found[name] = getattr(level.get_submodule(owner), leaf)
+                except AttributeError:  # gone since construction, e.g. folded away
+                    continue
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+class ReversibleCall:
+    """The state of one reversible forward pass and of its backward pass. Two passes never share one.
+
+    ``stream`` is the float64 stream of the column that the pass has reached, ``features`` its rounding to the working
+    precision, ``x`` the stem's output (in the backward pass only).
+    """
+
+    def __init__(self, columns: Sequence[ReversibleColumn], x: Tensor, monitor: 'DriftMonitor') -> None:
+        device = x.device.type
+        if device == 'mps':
+            raise RuntimeError('reversible=True carries its additive stream in float64, which the device '
+                               f'{x.device} does not have: build the backbone with reversible=False, with_cp=True')
+        self.monitor = monitor
+        self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
+                             dtype=torch.get_autocast_dtype(device), cache_enabled=False)
+        self.cuda_devices = [x.device] if device == 'cuda' else []
+        self.anchors = place_anchors(columns)
+        self.order = {id(column): index for index, column in enumerate(columns)}
+        self.stream: Optional[List[Tensor]] = None
+        self.features: Optional[List[Tensor]] = None
+        self.dtypes: List[torch.dtype] = []
+        self.x: Optional[Tensor] = None
+        self.drifts: List[Tensor] = []
+
+    def apply(self, column: ReversibleColumn, x: Tensor, p: Optional[Sequence[Tensor]]) -> Tuple[Tensor, ...]:
+        parameters = [column.level_parameters(index) for index in range(column.num_levels)]
+        tensors = [value for level in parameters for value in level.values()]
+        names = [tuple(level) for level in parameters]
+        return _Column.apply(self, column, names, x, *(p or ()), *([] if column.first else column.gammas), *tensors)
+
+    def record_rng(self) -> tuple:
+        return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.cuda_devices))
+
+    def replay_rng(self, states: tuple) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self.cuda_devices, states[1:]):
+            torch.cuda.set_rng_state(state, device)
+
+
+class DriftMonitor:
+    """Reads the drift of each backward pass, and acts when it is too large.
+
+    Args:
+        threshold: largest drift relative to the largest feature of the level; None takes :data:`DRIFT_THRESHOLD` of the
+            features' dtype.
+        action: 'raise' a :class:`ReversibilityError` (before any optimizer step), or 'warn'.
+    """
+
+    def __init__(self, threshold: Optional[float] = None, action: str = 'raise') -> None:
+        if action not in ('raise', 'warn'):
+            raise ValueError(f"on_drift={action!r}: 'raise' or 'warn'")
+        if threshold is not None and not threshold > 0:
+            raise ValueError(f'drift_threshold={threshold!r}: a positive number, or None for the default of the dtype')
+        self.threshold, self.action = threshold, action
+        #: Largest relative drift of the last backward pass; nan before the first, and where the features were not finite.
+        self.drift = math.nan
+
+    def judge(self, drifts: List[Tensor], dtype: torch.dtype) -> None:
+        threshold = self.threshold or DRIFT_THRESHOLD[dtype]
+        errors, scales = torch.stack(drifts).unbind(1)
+        # One transfer a backward pass. Features that overflowed in the forward pass are the loss scaler's affair.
+        relative = torch.where(scales.isfinite(), errors / scales.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+        finite, drift = torch.stack([scales.isfinite().all().to(relative.dtype), relative.nan_to_num(math.inf).max()]).tolist()
+        self.drift = drift if finite else math.nan
+        if drift > threshold:
+            message = (f'the features rebuilt in the backward pass differ from those of the forward pass by {drift:.2g} of '
+                       f'their largest value (threshold {threshold:.2g}), so the gradients of this step are wrong. Usual '
+                       'causes: an F that is not deterministic, parameters changed between forward and backward, or '
+                       'features that grow without bound. Train with reversible=False, with_cp=True to compare.')
+            if self.action == 'raise':
+                raise ReversibilityError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def place_anchors(columns: Sequence[ReversibleColumn], budget: float = ANCHOR_BUDGET) -> set:
+    """Indices of the columns whose features must be kept, for the γ of this moment.
+
+    Going back from the last column, column i multiplies an error by up to 1/min|γ|; where the product since the last
+    anchor would pass the budget, column i itself becomes an anchor.
+    """
+    if len(columns) < 2:
+        return set()
+    gammas, sharded = [], False
+    for column in columns[1:]:
+        for gamma, shape in zip(column.gammas, column.gamma_shapes):
+            sharded |= isinstance(gamma, DTensor) or tuple(gamma.shape) != shape
+            local = (gamma.to_local() if isinstance(gamma, DTensor) else gamma).detach()
+            gammas.append(local.abs().amin().float() if local.numel() else local.new_tensor(math.inf, dtype=torch.float32))
+    smallest = torch.stack(gammas)
+    if sharded:  # each process holds a part
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+    smallest = smallest.view(len(columns) - 1, -1).amin(1).clamp_min(MIN_GAMMA).tolist()  # one transfer for all columns
+    anchors, product = set(), 1.0
+    for index in range(len(columns) - 1, 0, -1):
+        factor = max(1.0, 1.0 / smallest[index - 1])
+        if product * factor > budget:
+            anchors.add(index)
+            product = 1.0
+        product *= factor
+    return anchors
+
+
+def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequence[Tensor]] = None,
+                outputs: Optional[Sequence[Tuple[int, int]]] = None,
+                monitor: Optional[DriftMonitor] = None) -> Tuple[Tensor, ...]:
+    """Runs columns so that the backward pass rebuilds their features instead of finding them stored.
+
+    Args:
+        columns: the stack, in order.
+        x: the stem's output.
+        p: features of the (frozen) column before the stack; None if the stack starts with the first column.
+        outputs: (column, level) of each feature to return. Default: all levels of the last column. Features of inner
+            columns can be outputs as well: their gradients are exact, and they are still not stored.
+        monitor: reads the drift.
+
+    Returns:
+        tuple[Tensor]: the features named by ``outputs``, contiguous.
+
+    Raises:
+        ReversibilityError: in the backward pass, if the drift is above the monitor's threshold.
+        RuntimeError: on a device without float64; in a backward pass with ``create_graph=True``.
+    """
+    last = len(columns) - 1
+    if outputs is None:
+        outputs = [(last, level) for level in range(columns[last].num_levels)]
+    call = ReversibleCall(columns, x, monitor or DriftMonitor())
+    taken = {}
+    for index, column in enumerate(columns):
+        p = column(x, p, call)
+        taken.update({(c, level): p[level] for c, level in outputs if c == index})
+    return _Outputs.apply(call, x, *(taken[key] for key in outputs))
+
+
+class _Column(torch.autograd.Function):
+    """One column as one node of the graph: it stores parameters, and its input features only where they are an anchor."""
+
+    @staticmethod
+    def forward(ctx, call: ReversibleCall, column: ReversibleColumn, names: List[tuple], x: Tensor, *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        levels = column.num_levels
+        p, gammas, parameters = _split(column, tensors)
+        ctx.call, ctx.column, ctx.names = call, column, names
+        ctx.index = call.order[id(column)]
+        # Features that come from outside the graph (a frozen column) end the backward pass: kept, to compare with.
+        ctx.stops = not any(ctx.needs_input_grad[4:4 + len(p)])
+        ctx.anchored = bool(p) and (ctx.stops or ctx.index - 1 in call.anchors)
+        stream = call.stream if call.stream is not None else [feature.double() for feature in p]
+        rng: List[Optional[tuple]] = []
+        y_stream: List[Tensor] = []
+        y: List[Tensor] = []
+        with torch.autocast(**call.autocast):
+            for index, level in enumerate(column.levels):
+                before = call.record_rng()
+                f = level(y[-1] if y else x, *(p[j] for j in column.above[index]))
+                changed = any(not torch.equal(a, b) for a, b in zip(before, call.record_rng()))
+                rng.append(before if changed else None)
+                feature_dtype = torch.result_type(f, column.gammas[index])
+                if not column.first:
+                    f = couple(f, keep_invertible(gammas[index]), stream[index])
+                feature = f.to(feature_dtype)
+                y.append(feature)
+                y_stream.append((feature if ctx.index in call.anchors else f).double())
+        call.stream, call.dtypes = y_stream, [feature.dtype for feature in y]
+        ctx.rng = rng
+        ctx.save_for_backward(*gammas, *parameters, *(p if ctx.anchored else ()))
+        return tuple(y)
+
+    @staticmethod
+    def backward(ctx, *grads: Optional[Tensor]):
+        if torch.is_grad_enabled():
+            raise RuntimeError('a reversible RevCol cannot be differentiated twice (create_graph=True): build it with '
+                               'reversible=False')
+        call, column = ctx.call, ctx.column
+        levels, coupled = column.num_levels, not column.first
+        saved = ctx.saved_tensors
+        gammas = saved[:levels] if coupled else ()
+        count = sum(len(names) for names in ctx.names)
+        parameters = saved[len(gammas):len(gammas) + count]
+        anchor = saved[len(gammas) + count:]
+        need_x, *needs = ctx.needs_input_grad[3:]
+        need_p, need_gamma, need_parameters = _split(column, needs)
+
+        y_stream, y, x = call.stream, call.features, call.x
+        grad_y = list(grads)
+        grad_x: Optional[Tensor] = None
+        grad_p: List[Optional[Tensor]] = [None] * len(need_p)
+        grad_gamma: List[Optional[Tensor]] = [None] * len(need_gamma)
+        grad_parameters: List[Optional[Tensor]] = [None] * count
+        p: List[Optional[Tensor]] = list(anchor) or [None] * levels
+        p_stream: List[Optional[Tensor]] = [None] * levels
+        end = count
+        for index in reversed(range(levels)):
+            start = end - len(ctx.names[index])
+            grad = grad_y[index]
+            if not coupled and grad is None:  # nobody needs this level: it is neither rebuilt nor differentiated
+                end = start
+                continue
+            below = y[index - 1] if index else x
+            above = [p[j] for j in column.above[index]]
+            wanted = [index > 0 or need_x, *(need_p[j] for j in column.above[index]), *need_parameters[start:end]]
+            f, leaves = _recompute(call, column, index, ctx.names[index], ctx.rng[index], [below, *above],
+                                   parameters[start:end], wanted if grad is not None else [False] * len(wanted))
+            value = f.detach()
+            if coupled:
+                gamma = keep_invertible(gammas[index])
+                rebuilt = uncouple(y_stream[index], value, gamma)
+                if anchor:
+                    call.drifts.append(_deviation(rebuilt, anchor[index]))
+                    p_stream[index] = anchor[index].double()
+                else:
+                    p_stream[index] = rebuilt
+                    p[index] = rebuilt.to(call.dtypes[index])
+            else:
+                call.drifts.append(_deviation(y_stream[index], value))
+            if grad is not None:
+                results = iter(torch.autograd.grad(f, leaves, grad.to(f.dtype), allow_unused=True) if leaves else ())
+                results = [next(results) if want else None for want in wanted]
+                if index:
+                    grad_y[index - 1] = _add(grad_y[index - 1], results[0])
+                else:
+                    grad_x = results[0]
+                for j, result in zip(column.above[index], results[1:]):
+                    grad_p[j] = _add(grad_p[j], result)
+                grad_parameters[start:end] = results[1 + len(above):]
+                if coupled:
+                    if need_p[index]:
+                        grad_p[index] = _add(grad_p[index], gamma.to(grad.dtype) * grad)
+                    if need_gamma[index]:
+                        grad_gamma[index] = (grad * p[index]).sum_to_size(gamma.shape).to(gamma.dtype)
+            del f, leaves
+            end = start
+
+        ends = not coupled or ctx.stops
+        call.stream, call.features = (None, None) if ends else (p_stream, p)
+        if ends and call.drifts:
+            drifts, call.drifts = call.drifts, []
+            call.monitor.judge(drifts, call.dtypes[0])
+        return (None, None, None, grad_x, *grad_p, *grad_gamma, *grad_parameters)
+
+
+class _Outputs(torch.autograd.Function):
+    """The end of the stack: the one node whose backward comes first. It stores what the rebuilding starts from."""
+
+    @staticmethod
+    def forward(ctx, call: ReversibleCall, x: Tensor, *features: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.save_for_backward(x, *call.stream)
+        call.stream = None
+        return tuple(feature.clone(memory_format=torch.contiguous_format) for feature in features)
+
+    @staticmethod
+    def backward(ctx, *grads: Optional[Tensor]):
+        call = ctx.call
+        call.x, *call.stream = ctx.saved_tensors
+        call.features = [stream.to(dtype) for stream, dtype in zip(call.stream, call.dtypes)]
+        call.drifts = []
+        return (None, None, *grads)
+
+
+def _split(column: ReversibleColumn, items: Sequence) -> tuple:
+    """(p, γ, the levels' parameters) out of the flat inputs of :class:`_Column`."""
+    levels = 0 if column.first else column.num_levels
+    return items[:levels], items[levels:2 * levels], items[2 * levels:]
+
+
+def _recompute(call: ReversibleCall, column: ReversibleColumn, index: int, names: tuple, rng: Optional[tuple],
+               inputs: List[Tensor], parameters: Sequence[Tensor], wanted: Sequence[bool]) -> tuple:
+    """F[index] once more, with the random numbers and autocast state of the forward pass.
+
+    Parameters stand in as detached leaves, so that their hooks fire once, for the gradient that this node returns; buffers as
+    copies, so that running statistics are updated once.
+
+    Returns:
+        tuple: F's output, and the leaves that want a gradient.
+    """
+    level = column._modules[f'level{index}']
+    tensors = [tensor.detach().requires_grad_(want) for tensor, want in zip([*inputs, *parameters], wanted)]
+    buffers = {name: buffer.clone() for name, buffer in level.named_buffers()}
+    stand_ins = {**buffers, **dict(zip(names, tensors[len(inputs):]))}
+    with torch.random.fork_rng(call.cuda_devices, enabled=rng is not None):
+        if rng is not None:
+            call.replay_rng(rng)
+        with torch.set_grad_enabled(any(wanted)), torch.autocast(**call.autocast):
+            f = functional_call(level, stand_ins, tuple(tensors[:len(inputs)]))
+    return f, [tensor for tensor, want in zip(tensors, wanted) if want]
+
+
+def _deviation(rebuilt: Tensor, reference: Tensor) -> Tensor:
+    """(largest difference, largest reference value), as float32 on the device."""
+    return torch.stack([(rebuilt - reference).abs().amax().float(), reference.abs().amax().float()])
+
+
+def _add(total: Optional[Tensor], term: Optional[Tensor]) -> Optional[Tensor]:
+    return term if total is None else total if term is None else total + term
