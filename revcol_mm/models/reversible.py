@@ -12,8 +12,7 @@ way: between forward and backward it keeps the stem's output, the features of th
 **Precision.** Rebuilding divides by γ once a column, which amplifies every rounding error. Therefore the *stream* γ·p + F is
 carried in float64, while every F runs in the working precision on the stream's rounding (so a rebuilt input of F is bit for
 bit the one of the forward pass, as long as the drift stays below half a rounding step). Before the product of 1/|γ| along the
-columns passes :data:`ANCHOR_BUDGET`, a column's features are kept: an *anchor*. There the stream is rounded to the working
-precision in the forward pass too, so that an anchor costs no more than the features and is exact.
+columns passes :data:`ANCHOR_BUDGET`, a column's stream is kept: an *anchor*.
 
 **Check.** The first column has no shortcut: its rebuilt features are compared with the recomputed ones in every backward pass,
 and so are the rebuilt features at each anchor, and those of the last frozen column. Unchecked remain: a backward pass that
@@ -299,10 +298,12 @@ class _Column(torch.autograd.Function):
                     f = couple(f, keep_invertible(gammas[index]), stream[index])
                 feature = f.to(feature_dtype)
                 y.append(feature)
-                y_stream.append((feature if ctx.index in call.anchors else f).double())
+                y_stream.append(f.double())
         call.stream, call.dtypes = y_stream, [feature.dtype for feature in y]
         ctx.rng = rng
-        ctx.save_for_backward(*gammas, *parameters, *(p if ctx.anchored else ()))
+        # The stream itself, not its rounding: of that, the column before could not be rebuilt.
+        kept = (p if ctx.stops else stream) if ctx.anchored else ()
+        ctx.save_for_backward(*gammas, *parameters, *kept)
         return tuple(y)
 
     @staticmethod
@@ -326,7 +327,7 @@ class _Column(torch.autograd.Function):
         grad_p: List[Optional[Tensor]] = [None] * len(need_p)
         grad_gamma: List[Optional[Tensor]] = [None] * len(need_gamma)
         grad_parameters: List[Optional[Tensor]] = [None] * count
-        p: List[Optional[Tensor]] = list(anchor) or [None] * levels
+        p: List[Optional[Tensor]] = [kept.to(dtype) for kept, dtype in zip(anchor, call.dtypes)] or [None] * levels
         p_stream: List[Optional[Tensor]] = [None] * levels
         end = count
         for index in reversed(range(levels)):
