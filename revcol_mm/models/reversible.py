@@ -21,7 +21,7 @@ itself where its error is smaller than the threshold.
 """
 import math
 import warnings
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,9 @@ def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
 class ReversibleColumn(nn.Module):
     """A column: L levels F[l], their shortcuts' γ[l], and which levels of the column before each F[l] reads.
 
-    Any modules can be levels: ``F[l](below, *above)`` gets y[l-1] (the stem's output for l = 0) and the features that
-    ``above[l]`` names, and returns a tensor of the shape of p[l]. Submodules and parameters are named as in the released
+    Any modules can be levels: ``F[l](below, *above, **context)`` gets y[l-1] (the stem's output for l = 0), the features that
+    ``above[l]`` names, and what this call hands to every level (an attention mask, say; nothing by default), and returns a
+    tensor of the shape of p[l]. Submodules and parameters are named as in the released
     checkpoints: ``level{l}``, ``alpha{l}`` (= γ[l]).
 
     Args:
@@ -106,20 +107,21 @@ class ReversibleColumn(nn.Module):
     def gammas(self) -> List[Tensor]:
         return [getattr(self, f'alpha{index}') for index in range(self.num_levels)]
 
-    def forward(self, x: Tensor, p: Optional[Sequence[Tensor]], call: Optional['ReversibleCall'] = None
-                ) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor, p: Optional[Sequence[Tensor]], call: Optional['ReversibleCall'] = None,
+                context: Optional[Mapping[str, Any]] = None) -> Tuple[Tensor, ...]:
         """Features of this column, one per level.
 
         Args:
             x: the stem's output.
             p: features of the column before; None in the first column.
-            call: the state of a reversible pass (see :func:`run_columns`); None for plain autograd.
+            call: the state of a reversible pass (see :func:`run_columns`), which carries its own context; None for plain autograd.
+            context: keyword arguments of every level.
         """
         if call is not None:
             return call.apply(self, x, p)
         y: List[Tensor] = []
         for index, level in enumerate(self.levels):
-            f = level(y[-1] if y else x, *(p[j] for j in self.above[index]))
+            f = level(y[-1] if y else x, *(p[j] for j in self.above[index]), **(context or {}))
             y.append(f if self.first else couple(f, keep_invertible(self.gammas[index]), p[index]))
         return tuple(y)
 
@@ -144,12 +146,18 @@ class ReversibleCall:
     precision, ``x`` the stem's output (in the backward pass only).
     """
 
-    def __init__(self, columns: Sequence[ReversibleColumn], x: Tensor, monitor: 'DriftMonitor') -> None:
+    def __init__(self, columns: Sequence[ReversibleColumn], x: Tensor, monitor: 'DriftMonitor',
+                 context: Optional[Mapping[str, Any]] = None) -> None:
         device = x.device.type
         if device == 'mps':
             raise RuntimeError('reversible=True carries its additive stream in float64, which the device '
                                f'{x.device} does not have: build the backbone with reversible=False, with_cp=True')
         self.monitor = monitor
+        self.context = dict(context or {})
+        for name, value in self.context.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f'context[{name!r}] requires a gradient, which a reversible pass would lose: only x, p and the '
+                                 "columns' parameters get one. Detach it, or use the plain path")
         self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
                              dtype=torch.get_autocast_dtype(device), cache_enabled=False)
         self.cuda_devices = [x.device] if device == 'cuda' else []
@@ -241,7 +249,8 @@ def place_anchors(columns: Sequence[ReversibleColumn], budget: float = ANCHOR_BU
 
 def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequence[Tensor]] = None,
                 outputs: Optional[Sequence[Tuple[int, int]]] = None,
-                monitor: Optional[DriftMonitor] = None) -> Tuple[Tensor, ...]:
+                monitor: Optional[DriftMonitor] = None,
+                context: Optional[Mapping[str, Any]] = None) -> Tuple[Tensor, ...]:
     """Runs columns so that the backward pass rebuilds their features instead of finding them stored.
 
     Args:
@@ -251,18 +260,21 @@ def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequ
         outputs: (column, level) of each feature to return. Default: all levels of the last column. Features of inner
             columns can be outputs as well: their gradients are exact, and they are still not stored.
         monitor: reads the drift.
+        context: keyword arguments of every level, in the forward pass and in the recomputation alike, e.g. an attention mask.
+            They get no gradients, and must not be changed before the backward pass.
 
     Returns:
         tuple[Tensor]: the features named by ``outputs``, contiguous.
 
     Raises:
         ReversibilityError: in the backward pass, if the drift is above the monitor's threshold.
+        ValueError: for a tensor in ``context`` that requires a gradient.
         RuntimeError: on a device without float64; in a backward pass with ``create_graph=True``.
     """
     last = len(columns) - 1
     if outputs is None:
         outputs = [(last, level) for level in range(columns[last].num_levels)]
-    call = ReversibleCall(columns, x, monitor or DriftMonitor())
+    call = ReversibleCall(columns, x, monitor or DriftMonitor(), context)
     taken = {}
     for index, column in enumerate(columns):
         p = column(x, p, call)
@@ -290,7 +302,7 @@ class _Column(torch.autograd.Function):
         with torch.autocast(**call.autocast):
             for index, level in enumerate(column.levels):
                 before = call.record_rng()
-                f = level(y[-1] if y else x, *(p[j] for j in column.above[index]))
+                f = level(y[-1] if y else x, *(p[j] for j in column.above[index]), **call.context)
                 changed = any(not torch.equal(a, b) for a, b in zip(before, call.record_rng()))
                 rng.append(before if changed else None)
                 feature_dtype = torch.result_type(f, column.gammas[index])
@@ -423,7 +435,7 @@ def _recompute(call: ReversibleCall, column: ReversibleColumn, index: int, names
         if rng is not None:
             call.replay_rng(rng)
         with torch.set_grad_enabled(any(wanted)), torch.autocast(**call.autocast):
-            f = functional_call(level, stand_ins, tuple(tensors[:len(inputs)]))
+            f = functional_call(level, stand_ins, tuple(tensors[:len(inputs)]), call.context)
     return f, [tensor for tensor, want in zip(tensors, wanted) if want]
 
 
