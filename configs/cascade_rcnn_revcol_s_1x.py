@@ -1,0 +1,4 @@
+_base_ = 'cascade_rcnn_revcol_s.py'
+
+train_cfg = _base_.train_cfg_1x
+param_scheduler = _base_.param_scheduler_1x
