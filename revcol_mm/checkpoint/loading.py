@@ -1,0 +1,136 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Weights for a backbone out of any of the files that hold one."""
+import re
+from collections import Counter
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from .safe import CheckpointError, read_checkpoint
+
+# Where the weights lie in a file, by who wrote it: mmengine and mmcv, then the authors' classification code.
+WRAPPINGS = ('state_dict', 'model')
+
+
+def find_state_dict(checkpoint: Any, filename: str) -> Tuple[Dict[str, Tensor], Optional[str]]:
+    """The weights inside of a checkpoint, and the key they lie under (None for a bare state dict).
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if isinstance(checkpoint, Mapping):
+        for wrapping in (*WRAPPINGS, None):
+            weights = checkpoint if wrapping is None else checkpoint.get(wrapping)
+            if isinstance(weights, Mapping) and any(isinstance(value, Tensor) for value in weights.values()):
+                return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, wrapping
+    found = f'the keys {_some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
+    raise CheckpointError(f"{filename} holds no weights: a state dict, {{'state_dict': …}} or {{'model': …}} is expected, and "
+                          f'there is {found}')
+
+
+def strip_module(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Without the ``module.`` that (Distributed)DataParallel puts before every name."""
+    weights = dict(weights)
+    while weights and all(key.startswith('module.') for key in weights):
+        weights = {key[len('module.'):]: value for key, value in weights.items()}
+    return weights
+
+
+def find_prefix(weights: Iterable[str], names: Iterable[str]) -> str:
+    """What precedes the module's own ``names`` in the file ('', 'backbone.', …): the prefix that finds most of them."""
+    names, count = set(names), Counter()
+    for key in weights:
+        parts = key.split('.')
+        count.update('.'.join(parts[:i]) + '.' * bool(i) for i in range(len(parts)) if '.'.join(parts[i:]) in names)
+    return min(count, key=lambda prefix: (-count[prefix], len(prefix)), default='')
+
+
+def load_pretrained(module: nn.Module,
+                    checkpoint: str,
+                    prefix: Optional[str] = None,
+                    map_location: str = 'cpu') -> None:
+    """Loads a backbone's weights from a released or own checkpoint, safely, and says what it did.
+
+    Takes a bare state dict, ``{'model': …}`` or ``{'state_dict': …}``, each with or without ``module.`` and ``backbone.``
+    before the names, with whatever heads, classifiers and optimizers besides; or a ``.safetensors`` file. What was loaded,
+    left out and missing is logged. Output norms (``norm0`` …) may be missing, as they are in the released files. On the meta
+    device nothing is loaded.
+
+    Args:
+        module: a RevCol, or any module.
+        checkpoint: path or URL.
+        prefix: what precedes the module's names in the file, after ``module.``. Default: None, find it.
+        map_location: where the file's tensors go before they are copied into the module. Default: 'cpu'.
+
+    Raises:
+        FileNotFoundError, CheckpointError: the file cannot be read (see :func:`read_checkpoint`), holds nothing, or only a
+            part of the module, or weights of other shapes, or of other kernel sizes, or NaN or infinite ones. The module is
+            left as it was.
+    """
+    name = type(module).__name__
+    if any(parameter.is_meta for parameter in module.parameters()):
+        print_log(f'{name} is on the meta device: {checkpoint} is not loaded', logger='current')
+        return
+    contents = read_checkpoint(checkpoint, map_location)
+    weights, wrapping = find_state_dict(contents, checkpoint)
+    weights = strip_module(weights)
+    own = module.state_dict()
+    if prefix is None:
+        prefix = find_prefix(weights, own)
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    inside = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    found = {key: value for key, value in inside.items() if key in own}
+    if not found:
+        raise CheckpointError(f'{checkpoint} holds no weights of {name}' + (f' under {prefix!r}' if prefix else '') +
+                              f': its names are {_some(weights)}, and {name} looks for {_some(own)}')
+    _check_shapes(found, own, checkpoint, name)
+    missing = [key for key in own if key not in found]
+    lacking = [key for key in missing if not re.match(r'norm\d+\.', key)]
+    surplus = [key for key in inside if key not in own and _family(key) in {_family(key) for key in own}]
+    if lacking or surplus:
+        sentences = [f'{len(lacking)} of {len(own)} weights of {name} are missing: {_some(lacking)}'] if lacking else []
+        sentences += [f'{len(surplus)} weights have no place in it: {_some(surplus)}'] if surplus else []
+        raise CheckpointError(f'{checkpoint} holds another backbone, or a part of one: {"; ".join(sentences)}')
+    check_finite(found, checkpoint)
+
+    module.load_state_dict(found, strict=False)
+    rest = Counter(key.split('.')[0] for key in weights if not (key.startswith(prefix) and key[len(prefix):] in found))
+    others = [key for key in contents if key != wrapping] if wrapping else []
+    print_log(f'{name}: loaded {len(found)} of {len(own)} weights from {checkpoint}' +
+              (f' (under {prefix!r})' if prefix else '') +
+              '; left out: ' + (', '.join([*(f'{root} ({n})' for root, n in rest.items()), *map(str, others)]) or 'nothing') +
+              '; missing: ' + (', '.join(missing) or 'nothing'), logger='current')
+
+
+def check_finite(weights: Mapping[str, Tensor], filename: str) -> None:
+    """Raises CheckpointError, naming them, where weights are NaN or infinite."""
+    bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {_some(bad)}')
+
+
+def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filename: str, name: str) -> None:
+    different = [key for key, value in found.items() if value.shape != own[key].shape]
+    if not different:
+        return
+    kernels = [key for key in different if key.endswith('.dwconv.weight') and found[key].shape[:2] == own[key].shape[:2]]
+    if kernels == different:
+        here, there = own[kernels[0]].shape[-1], found[kernels[0]].shape[-1]
+        advice = (f'build the model with kernel_size={there}' if there > here else
+                  f'pad the kernels first: python tools/pad_kernels.py {filename} --size {here}')
+        raise CheckpointError(f'{filename} has depthwise kernels of {there}×{there}, {name} of {here}×{here}; {advice}')
+    listed = ', '.join(f'{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}' for key in different[:4])
+    raise CheckpointError(f'{filename} does not fit {name}: {len(different)} weights have other shapes: {listed}' +
+                          (', …' if len(different) > 4 else ''))
+
+
+def _family(key: str) -> str:
+    return key.split('.')[0].rstrip('0123456789') if not re.match(r'norm\d+\.', key) else key
+
+
+def _some(names: Iterable[str], limit: int = 4) -> str:
+    names = [str(name) for name in names]
+    return ', '.join(names[:limit]) + (', …' if len(names) > limit else '') if names else '(none)'

@@ -1,0 +1,150 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Checkpoints are data: whatever a file holds, loading it runs no code of it, and what mmengine itself writes loads."""
+import os
+import pickle
+import warnings
+from collections import OrderedDict
+from typing import Any, Dict, Optional, Union
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import scheduler
+from mmengine.runner import CheckpointLoader
+
+FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
+NUMBER_KINDS = 'biufc'  # of numpy dtypes: booleans, integers, floats, complex numbers
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or does not fit. The message is one sentence that names the file."""
+
+
+def _safe_getattr(owner: type, name: str) -> Any:
+    """Stands in for ``builtins.getattr``, which pickle calls for methods that an object refers to.
+
+    Only for the statistics that every HistoryBuffer holds, and the annealing functions of the one-cycle schedulers.
+    """
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(HistoryBuffer, name)
+    if owner is scheduler.OneCycleParamScheduler and name in ('_annealing_cos', '_annealing_linear'):
+        return getattr(scheduler.OneCycleParamScheduler, name)
+    raise pickle.UnpicklingError(f'the file asks for the attribute {name!r} of {owner!r}, which no checkpoint needs')
+
+
+def _safe_dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
+    """Stands in for ``numpy.dtype``: number types only, and always a copy.
+
+    The pickle may overwrite the dtype's flags afterwards. On an object dtype that makes numpy take bytes of the file for
+    pointers; on numpy's own instance it changes every array of the process.
+    """
+    if isinstance(code, str) and np.dtype(code).kind in NUMBER_KINDS:
+        return np.dtype(code, False, True)
+    raise pickle.UnpicklingError(f'the file asks for the numpy dtype {code!r}; checkpoints hold numbers only')
+
+
+class _Settings:
+    """Stands in for dictionary classes of settings: what comes out is an OrderedDict."""
+
+    def __new__(cls, *args) -> OrderedDict:
+        return OrderedDict(*args)
+
+
+def _safe_globals() -> list:
+    dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDG'}
+    multiarray = getattr(np, '_core', None) or np.core
+    allowed = [HistoryBuffer, np.ndarray, (_safe_getattr, 'builtins.getattr'), (_safe_dtype, 'numpy.dtype'), *dtypes]
+    for package in ('numpy.core', 'numpy._core'):  # up to numpy 1, and from numpy 2 on
+        allowed += [(multiarray.multiarray._reconstruct, f'{package}.multiarray._reconstruct'),
+                    (multiarray.multiarray.scalar, f'{package}.multiarray.scalar')]
+    allowed.append((scheduler.OneCycleParamScheduler, 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'))
+    # Settings inside of files: of mmengine's configs, and the authors' classification code, whose training checkpoints hold
+    # its configuration (yacs) and, by a slip, Python's function `input`.
+    allowed += [(_Settings, 'mmengine.config.config.ConfigDict'), (_Settings, 'yacs.config.CfgNode'), (None, 'builtins.input')]
+    return allowed
+
+
+def enable_safe_loading() -> None:
+    """Makes every ``torch.load`` of this process, and of its children, load data only, and mmengine's checkpoints loadable.
+
+    torch's check is forced on by the environment variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD``, which torch reads on every call,
+    so that no caller can pass ``weights_only=False``: mmengine's http backend does, and so does the loader of onedl-mmengine
+    when the check refuses a file. The types that mmengine puts into checkpoints (HistoryBuffer, numpy's arrays and scalars,
+    one-cycle schedulers) are allow-listed, without opening the door to ``getattr``. ``.safetensors`` files are served
+    wherever mmengine loads checkpoints. Called by ``import revcol_mm``; calling it again does no harm.
+    """
+    if os.environ.pop(FORCE_NOT, None) is not None:
+        warnings.warn(f'{FORCE_NOT} is ignored: checkpoints are loaded safely, and those of mmengine load all the same.')
+    os.environ[FORCE] = '1'
+    torch.serialization.add_safe_globals(_safe_globals())
+    CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=_load_local_safetensors, force=True)
+    CheckpointLoader.register_scheme(prefixes=r'https?://.*\.safetensors$', loader=_load_http_safetensors, force=True)
+
+
+def _load_local_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(os.path.expanduser(filename), device=str(map_location or 'cpu'))
+    except SafetensorError as error:
+        raise CheckpointError(f'{filename}: not a safetensors file, or a damaged one ({error})') from None
+
+
+def _load_http_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
+    target = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(filename))
+    if not os.path.exists(target):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        torch.hub.download_url_to_file(filename, target, progress=False)
+    return _load_local_safetensors(target, map_location)
+
+
+def read_checkpoint(filename: str, map_location: Union[str, torch.device] = 'cpu', logger: Optional[str] = 'current') -> Any:
+    """Contents of a checkpoint, without running code of it.
+
+    Args:
+        filename: a path, or a URL or other address that mmengine's ``CheckpointLoader`` knows; torch's format or safetensors.
+        map_location: where tensors go. Default: 'cpu'.
+        logger: mmengine's logger for the line that names the file. Default: 'current'.
+
+    Returns:
+        What was saved, usually a dict.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is empty, damaged, no checkpoint, carries code, or cannot be downloaded.
+    """
+    enable_safe_loading()
+    filename = str(filename)
+    local = os.path.expanduser(filename)
+    if '://' not in filename and not os.path.isfile(local):
+        raise FileNotFoundError(f'checkpoint {filename} does not exist' if not os.path.exists(local) else
+                                f'checkpoint {filename} is not a file')
+    if '://' not in filename and os.path.getsize(local) == 0:
+        raise CheckpointError(f'{filename} is empty: no checkpoint')
+    try:
+        return CheckpointLoader.load_checkpoint(filename, map_location=map_location, logger=logger)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_explain(filename, str(error))) from None
+    except (EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, UnicodeDecodeError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
+                              ) from None
+    except URLError as error:
+        raise CheckpointError(f'{filename} could not be downloaded: {error}; download it by other means and give its path'
+                              ) from None
+
+
+def _explain(filename: str, message: str) -> str:
+    for sign in ('Unsupported global: GLOBAL ', 'Trying to load unsupported GLOBAL ', 'the file asks for '):
+        if sign in message:
+            found = message.split(sign, 1)[1].splitlines()[0]
+            found = found.split(' was not an allowed')[0].split(' whose module')[0]
+            return (f'{filename} is refused: it refers to {found}, which is code, not data, and loading it could run what its '
+                    'author pleases; nothing was run')
+    if 'reduce for unrecognized function' in message:
+        return f'{filename} is refused: it calls functions on loading; nothing was run'
+    reason = message.strip().splitlines()[-1] if 'Unsupported operand' not in message else 'its bytes are no checkpoint'
+    return f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
