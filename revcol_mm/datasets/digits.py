@@ -1,0 +1,238 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""A small data set of real handwriting, made in seconds and without a download.
+
+The 1,797 handwritten digits that come with scikit-learn (8×8 pixels each, from the UCI collection "Optical Recognition of
+Handwritten Digits") are enlarged smoothly and pasted at several scales on textured backgrounds, some of them over others. One
+call writes what detectors, segmentors and classifiers read::
+
+    root/
+    ├── digits.json                      how it was made: the data set's own mark
+    ├── annotations/instances_{train,val}.json   COCO boxes and masks (RLE: digits have holes)
+    ├── {train,val}/000000.jpg           images
+    ├── semantic/{train,val}/000000.png  class of every pixel: 0 … 9 the digit, 10 the background
+    └── crops/{train,val}/{0 … 9}/*.jpg  single digits, one folder a class
+
+Training and validation share no handwriting sample. Which sample is on which side never depends on the seed, so that what was
+pre-trained on one data set can be validated on another.
+"""
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple, Union
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+from rich.progress import track
+
+DIGITS = tuple('0123456789')
+BACKGROUND = len(DIGITS)
+
+_MARK = 'digits.json'
+_MAKER = 'revcol_mm.datasets.digits'
+_ENTRIES = {_MARK, 'annotations', 'train', 'val', 'semantic', 'crops'}
+_FORMAT = 1  # to be raised when the same arguments give other files
+
+_SIDES = (28, 64)  # pixels of a digit's longer side
+_OVERLAPPING = 0.25  # share of the digits that may be pasted over others
+_MIN_VISIBLE = 0.6  # of each digit's pixels
+_TRIES = 20  # places tried for one digit before it is left out
+_CROP = 48
+_CROPS_PER_SAMPLE = dict(train=4, val=1)
+
+
+class Sample(NamedTuple):
+    """One piece of handwriting: its number in scikit-learn's set, its class, and its ink in [0, 1], (8, 8)."""
+    index: int
+    label: int
+    ink: np.ndarray
+
+
+def make_digits(root: Union[str, Path] = 'data/digits', num_train: int = 1600, num_val: int = 200, size: int = 128,
+                seed: int = 0) -> bool:
+    """Writes the data set, or leaves it alone where it was made with the same arguments.
+
+    The folder appears when it is complete. A data set made before with other arguments is replaced; anything else is not.
+
+    Args:
+        root: folder to make.
+        num_train: training images. Default: 1600.
+        num_val: validation images. Default: 200.
+        size: width and height of the images, in pixels. Default: 128.
+        seed: the same arguments give the same bytes. Default: 0.
+
+    Returns:
+        bool: whether anything was written.
+
+    Raises:
+        ValueError: for counts below 1, a size below 64, or a negative seed.
+        FileExistsError: if ``root`` exists and is not a data set made here, or other files lie in it.
+        ImportError: without scikit-learn.
+    """
+    for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('size', size, 64), ('seed', seed, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f'{name}={value!r}: an integer of at least {least}')
+    root = Path(root)
+    made = dict(maker=_MAKER, format=_FORMAT, num_train=num_train, num_val=num_val, size=size, seed=seed)
+    replaces = root.exists() or root.is_symlink()
+    if replaces and _read_mark(root) == made:
+        return False
+
+    samples = _load_samples()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # A fresh folder inside the temporary one, since mkdtemp's own is readable by its owner only.
+    with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as scratch:
+        new = Path(scratch) / 'new'
+        (new / 'annotations').mkdir(parents=True)
+        for split, count in (('train', num_train), ('val', num_val)):
+            _write_scenes(new, split, samples[split], count, size, seed)
+            _write_crops(new, split, samples[split], seed)
+        _write_json(made, new / _MARK)
+        if replaces:
+            os.rename(root, Path(scratch) / 'old')
+        os.rename(new, root)
+    return True
+
+
+def _read_mark(root: Path) -> dict:
+    """The arguments that the data set in ``root`` was made with."""
+    try:
+        made = json.loads((root / _MARK).read_text())
+        own = made['maker'] == _MAKER and not root.is_symlink()
+    except (OSError, ValueError, TypeError, KeyError):
+        own = False
+    if not own:
+        raise FileExistsError(f'{root} exists and is not a data set that this tool made: choose another folder')
+    foreign = sorted(set(os.listdir(root)) - _ENTRIES)
+    if foreign:
+        raise FileExistsError(f'{root} holds files that this tool did not make ({", ".join(foreign[:3])}): move them away, or '
+                              'choose another folder')
+    return made
+
+
+def _load_samples() -> Dict[str, List[Sample]]:
+    """A quarter of every class for validation, the rest for training."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('the handwritten digits come with scikit-learn: pip install scikit-learn') from error
+    digits = load_digits()
+    samples: Dict[str, List[Sample]] = dict(train=[], val=[])
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    for label in range(len(DIGITS)):
+        own = [Sample(int(i), label, digits.images[i] / 16) for i in order if digits.target[i] == label]
+        quarter = len(own) // 4
+        samples['val'] += own[:quarter]
+        samples['train'] += own[quarter:]
+    return samples
+
+
+def _write_scenes(root: Path, split: str, samples: List[Sample], count: int, size: int, seed: int) -> None:
+    """Images, semantic maps and COCO annotations of one split."""
+    (root / split).mkdir()
+    (root / 'semantic' / split).mkdir(parents=True)
+    images, annotations = [], []
+    for index in track(range(count), description=f'{split} images'):
+        rng = np.random.default_rng([seed, split == 'val', index])
+        image, masks, used = _compose(rng, samples, size)
+        name = f'{index:06d}'
+        semantic = np.full((size, size), BACKGROUND, np.uint8)
+        for mask, sample in zip(masks, used):
+            semantic[mask] = sample.label
+            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=index, category_id=sample.label + 1, iscrowd=0, area=int(mask.sum()),
+                bbox=coco_mask.toBbox(rle).tolist(), segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+                sample=sample.index))
+        _write_image(image, root / split / f'{name}.jpg')
+        _write_image(semantic, root / 'semantic' / split / f'{name}.png')
+        images.append(dict(id=index, file_name=f'{name}.jpg', width=size, height=size))
+    categories = [dict(id=label + 1, name=name) for label, name in enumerate(DIGITS)]
+    _write_json(dict(images=images, annotations=annotations, categories=categories),
+                root / 'annotations' / f'instances_{split}.json')
+
+
+def _write_crops(root: Path, split: str, samples: List[Sample], seed: int) -> None:
+    """Single digits that fill most of a small image, each sample on several backgrounds for training."""
+    for name in DIGITS:
+        (root / 'crops' / split / name).mkdir(parents=True)
+    for sample in track(samples, description=f'{split} crops'):
+        rng = np.random.default_rng([seed, 2 + (split == 'val'), sample.index])
+        folder = root / 'crops' / split / DIGITS[sample.label]
+        for copy in range(_CROPS_PER_SAMPLE[split]):
+            image = _texture(rng, _CROP)
+            alpha = _enlarge(sample.ink, int(rng.integers(_CROP // 2, _CROP - 2)))
+            top, left = (int(rng.integers(0, _CROP - side + 1)) for side in alpha.shape)
+            _blend(rng, image, alpha, top, left)
+            _write_image(image.astype(np.uint8), folder / f'{sample.index:04d}_{copy}.jpg')
+
+
+def _compose(rng: np.random.Generator, samples: List[Sample], size: int) -> Tuple[np.ndarray, List[np.ndarray], List[Sample]]:
+    """One image, (size, size, 3), with the visible part of each digit, (size, size) bool, and the digit's sample."""
+    image = _texture(rng, size)
+    masks: List[np.ndarray] = []
+    full_areas: List[int] = []
+    used: List[Sample] = []
+    largest = min(_SIDES[1], size // 2)
+    for _ in range(int(rng.integers(2, 6))):
+        sample = samples[int(rng.integers(len(samples)))]
+        side = round(float(np.exp(rng.uniform(np.log(_SIDES[0]), np.log(largest)))))  # as many small as large ones
+        alpha = _enlarge(sample.ink, side)
+        may_overlap = rng.random() < _OVERLAPPING
+        for _ in range(_TRIES):
+            top, left = (int(rng.integers(0, size - length + 1)) for length in alpha.shape)
+            mask = np.zeros((size, size), bool)
+            mask[top:top + alpha.shape[0], left:left + alpha.shape[1]] = alpha > 0.5
+            if _fits(mask, masks, full_areas, may_overlap):
+                _blend(rng, image, alpha, top, left)
+                masks = [other & ~mask for other in masks] + [mask]
+                full_areas.append(int(mask.sum()))
+                used.append(sample)
+                break
+    return image.astype(np.uint8), masks, used
+
+
+def _fits(mask: np.ndarray, others: List[np.ndarray], full_areas: List[int], may_overlap: bool) -> bool:
+    if may_overlap:
+        return all((other & ~mask).sum() >= _MIN_VISIBLE * area for other, area in zip(others, full_areas))
+    near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
+    return not any((other & near).any() for other in others)
+
+
+def _enlarge(ink: np.ndarray, side: int) -> np.ndarray:
+    """Opacity in [0, 1] of a digit whose longer side is about ``side`` pixels, cut to its extent."""
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    ink = np.pad(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1], 1)  # the margin lets strokes fade out
+    scale = side / (max(ink.shape) - 2)
+    alpha = cv2.resize(ink.astype(np.float32), None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    alpha = np.clip((alpha - 0.5) * 3 + 0.5, 0, 1)  # 8×8 pixels are blurred: steeper edges
+    rows, columns = np.flatnonzero((alpha > 0.5).any(1)), np.flatnonzero((alpha > 0.5).any(0))
+    alpha = alpha[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return alpha[:side, :side]
+
+
+def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Coloured noise of three scales around a random colour, (size, size, 3) float32 in [0, 255]."""
+    image = np.full((size, size, 3), rng.uniform(60, 195, 3), np.float32)
+    for cells, strength in ((3, 25), (12, 15), (size // 2, 10)):
+        noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
+        image += cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(image, 0, 255)
+
+
+def _blend(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray, top: int, left: int) -> None:
+    """Paints a digit into the image, in a colour that is lighter or darker than what lies below."""
+    region = image[top:top + alpha.shape[0], left:left + alpha.shape[1]]
+    below = region.mean()
+    colour = rng.uniform(0, 60, 3) if below > 127 else rng.uniform(195, 255, 3)
+    region += alpha[..., None] * (colour.astype(np.float32) - region)
+
+
+def _write_image(image: np.ndarray, path: Path) -> None:
+    if not cv2.imwrite(str(path), image):
+        raise OSError(f'{path} could not be written')
+
+
+def _write_json(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, separators=(',', ':')))
