@@ -34,7 +34,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             type='OptimWrapper',
             optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
             constructor='LayerDecayOptimWrapperConstructor',
-            paramwise_cfg=dict(_delete_=True, layer_decay_rate=0.85))
+            paramwise_cfg=dict(layer_decay_rate=0.85))
 
     Args:
         optim_wrapper_cfg (dict): the optimizer wrapper; its ``optimizer`` needs ``lr``.
@@ -71,8 +71,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         keys = sorted(sorted(custom_keys), key=len, reverse=True)
         backbones = _find_backbones(module)
         if rate < 1 and not backbones:
-            raise TypeError(f'{type(module).__name__} has no backbone with get_layer_depth, which layer_decay_rate={rate} needs; '
-                            'layer_decay_rate=1.0 gives all layers the same rate')
+            raise TypeError(f'{type(module).__name__} has no backbone with get_layer_depth, for layer_decay_rate={rate}; '
+                            '1.0 gives all layers the same rate')
         gammas = {id(gamma) for part in module.modules() if isinstance(part, ReversibleColumn) for gamma in part.gammas}
         dims = _unsharded_dims(module)
         groups: Dict[Tuple[int, str], dict] = {}

@@ -1,0 +1,508 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What ``tools/train.py`` and ``tools/test.py`` share: arguments, configs, runs without a GPU, and errors in plain words.
+
+One pair of tools serves detection, segmentation and classification: the config's ``default_scope`` says which.
+"""
+import argparse
+import contextlib
+import copy
+import importlib.util
+import os
+import os.path as osp
+import subprocess
+import sys
+import warnings
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
+
+from .configs import config_path
+
+#: Import name and PyPI name of the packages that a config's ``default_scope`` can name.
+PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation', mmpretrain='mmpretrain')
+#: How the well-known data sets must lie below their ``data_root``.
+LAYOUTS = dict(
+    CocoDataset='annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/*.jpg and val2017/*.jpg '
+                '(https://cocodataset.org/#download)',
+    ADE20KDataset='images/training, images/validation, annotations/training and annotations/validation '
+                  '(ADEChallengeData2016.zip of http://sceneparsing.csail.mit.edu)',
+    ImageNet='train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG with meta/val.txt (https://image-net.org)')
+
+
+class LaunchError(RuntimeError):
+    """A run that cannot start or go on for a reason that its user can remedy; the message says how."""
+
+
+# Arguments -------------------------------------------------------------------------------------------------------------------
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--work-dir', help='folder of logs, checkpoints and metrics; default: work_dirs/<name of the config>')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings that replace those of the config, e.g. train_dataloader.batch_size=4 '
+                             'key="[a,b]" key="[(a,b),(c,d)]"')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
+
+
+def parse_train_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of ``tools/train.py``: those of mmdet's."""
+    parser = argparse.ArgumentParser(description='Trains a detector, a segmentor or a classifier')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (float32 where there is no GPU)')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from this checkpoint, or, with "auto" or nothing, from the last one in the work folder')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
+    _add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def parse_test_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of ``tools/test.py``: those of mmdet's."""
+    parser = argparse.ArgumentParser(description='Tests a detector, a segmentor or a classifier, and prints its metrics')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', help='file.pkl for the predictions; in segmentation also a folder for label maps')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument('--show-dir', help='folder for images with drawn predictions')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation: several scales and flips, merged')
+    _add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+# Configs ---------------------------------------------------------------------------------------------------------------------
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the command line's settings, its packages imported, and the fallbacks of a machine without a GPU.
+
+    Raises:
+        LaunchError: if the config or a package that it needs is missing, or it cannot be read.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not osp.isfile(args.config):
+        args.config = _find_own_config(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except ImportError as error:
+        raise LaunchError(_name_missing_package(error, args.config)) from error
+    except FileNotFoundError as error:
+        raise LaunchError(f'{args.config} inherits from a file that is not there: {error}') from error
+    except (SyntaxError, TypeError, KeyError, AttributeError, NameError) as error:
+        raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
+    if args.cfg_options is not None:
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (TypeError, KeyError, IndexError) as error:
+            raise LaunchError(f'--cfg-options do not fit {args.config}: {error}') from error
+        _import_extras(cfg, args.config)  # --cfg-options may name further modules
+
+    scope = cfg.get('default_scope') or 'mmengine'
+    if scope in PACKAGES:
+        if importlib.util.find_spec(scope) is None:
+            raise LaunchError(f'{args.config} needs {scope}, which is not installed: pip install {PACKAGES[scope]}')
+        _register(scope)
+    if scope == 'mmpretrain':
+        _set_mmpretrain_dataloaders(cfg)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    return cfg
+
+
+def _find_own_config(name: str) -> str:
+    """The package's config of this name: from outside of the checkout, ``configs/x.py`` or ``x`` works too."""
+    try:
+        return config_path(name.removeprefix('configs/'))
+    except FileNotFoundError as error:
+        raise LaunchError(f'there is no config {name} (looked from {os.getcwd()}), and {error}') from error
+
+
+def _import_extras(cfg: Config, config: str) -> None:
+    extras = cfg.get('custom_imports')
+    try:
+        if extras:
+            import_modules_from_strings(**extras)
+    except ImportError as error:
+        raise LaunchError(_name_missing_package(error, config)) from error
+
+
+def _name_missing_package(error: ImportError, config: str) -> str:
+    """What to install. mmengine hides the missing module's name behind a new exception."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        name = getattr(cause, 'name', None)
+        if isinstance(cause, ModuleNotFoundError) and name:
+            package = name.partition('.')[0]
+            if package == 'revcol_mm' and importlib.util.find_spec('revcol_mm') is not None:
+                break
+            return f'{config} needs the package {package}, which is not installed: pip install {PACKAGES.get(package, package)}'
+        cause = cause.__cause__ or cause.__context__
+    for package, pip_name in PACKAGES.items():
+        if importlib.util.find_spec(package) is None and package in str(error):
+            return f'{config} needs {package}, which is not installed: pip install {pip_name}'
+    return f'{config} names a module that cannot be imported: {error}'
+
+
+def _register(scope: str) -> None:
+    """Registers all modules of mmdet, mmseg or mmpretrain, and makes it the default scope."""
+    utils = importlib.import_module(f'{scope}.utils')
+    utils.register_all_modules(init_default_scope=False)
+    if scope == 'mmdet':
+        utils.setup_cache_size_limit_of_dynamo()
+
+
+def _set_mmpretrain_dataloaders(cfg: Config) -> None:
+    """mmpretrain's own tools add these to every data loader, and its configs rely on it."""
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(key)
+        if loader:
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', get_device() != 'cpu')
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+
+
+def _set_resume(cfg: Config, resume: Optional[str]) -> None:
+    if resume == 'auto':
+        cfg.resume, cfg.load_from = True, None
+    elif resume is not None:
+        cfg.resume, cfg.load_from = True, resume
+
+
+def _set_auto_scale_lr(cfg: Config, path: str) -> None:
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise LaunchError(f'--auto-scale-lr: {path} does not say for which batch size its learning rate is: add '
+                          'auto_scale_lr=dict(base_batch_size=…)')
+    cfg.auto_scale_lr.enable = True
+
+
+# Without a GPU ---------------------------------------------------------------------------------------------------------------
+
+def fit_to_cpu(cfg: Config) -> None:
+    """Changes what a machine without a GPU cannot run, and warns of what changes the training.
+
+    Mixed precision becomes float32 and SyncBN becomes BN; DDP gets no device ids, FSDP the CPU as its device; and processes
+    talk through gloo, initialised here because mmengine calls CUDA whatever the backend.
+    """
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper and str(wrapper.get('type', '')).rpartition('.')[2] == 'AmpOptimWrapper':
+        warnings.warn('no GPU: training in float32 instead of mixed precision')
+        wrapper.type = 'OptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(key, None)
+    for key in ('val_cfg', 'test_cfg'):
+        if (cfg.get(key) or {}).get('fp16'):
+            warnings.warn(f'no GPU: {key} runs in float32 instead of mixed precision')
+            cfg[key].fp16 = False
+    if _replace_sync_bn(cfg.model) or cfg.get('sync_bn'):
+        warnings.warn('no GPU: SyncBN becomes BN, whose statistics are those of one process')
+        cfg.sync_bn = None
+    logger = (cfg.get('default_hooks') or {}).get('logger')
+    if logger:
+        logger.interval = min(logger.get('interval', 10), 10)  # iterations take seconds here
+    if cfg.launcher == 'none':
+        return
+    _init_gloo(cfg.launcher)
+    if cfg.get('strategy'):
+        strategy = str(cfg.strategy.get('type', '')).rpartition('.')[2]
+        if strategy == 'FSDPStrategy':
+            cfg.strategy.setdefault('model_wrapper', dict(type='MMFullyShardedDataParallel'))
+            cfg.strategy.model_wrapper.device_id = 'cpu'
+        elif strategy == 'DDPStrategy':
+            cfg.strategy.setdefault('model_wrapper', dict(type='MMDistributedDataParallel', broadcast_buffers=False))
+            cfg.strategy.model_wrapper.device_ids = None
+    else:
+        default = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
+                       find_unused_parameters=cfg.get('find_unused_parameters', False))
+        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
+
+
+def _replace_sync_bn(node) -> bool:
+    found = False
+    if isinstance(node, dict):
+        if node.get('type') in ('SyncBN', 'MMSyncBN', 'naiveSyncBN'):
+            node['type'] = 'BN'
+            found = True
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return False
+    return any([_replace_sync_bn(value) for value in node]) or found
+
+
+def _init_gloo(launcher: str) -> None:
+    if torch.distributed.is_initialized():
+        return
+    env = os.environ
+    if launcher == 'slurm':
+        node = subprocess.run(['scontrol', 'show', 'hostname', env['SLURM_NODELIST']],
+                              capture_output=True, text=True, check=True).stdout.split()[0]
+        env.setdefault('MASTER_ADDR', node)
+        env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=env.get('SLURM_LOCALID', '0'), WORLD_SIZE=env['SLURM_NTASKS'])
+    elif launcher == 'mpi':
+        env.update(RANK=env['OMPI_COMM_WORLD_RANK'], LOCAL_RANK=env['OMPI_COMM_WORLD_LOCAL_RANK'],
+                   WORLD_SIZE=env['OMPI_COMM_WORLD_SIZE'])
+        env.setdefault('MASTER_ADDR', '127.0.0.1')
+    env.setdefault('MASTER_PORT', '29500')
+    missing = [key for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR') if key not in env]
+    if missing:
+        raise LaunchError(f'--launcher {launcher}: {", ".join(missing)} not set in the environment. Start the processes with '
+                          'tools/dist_train.sh, torchrun or srun, or leave --launcher out for one process')
+    torch.distributed.init_process_group('gloo')
+
+
+# Data sets and checkpoints ---------------------------------------------------------------------------------------------------
+
+def check_data(cfg: Config, loaders: Sequence[str]) -> None:
+    """Looks for the annotation files and folders of the data loaders and evaluators that a run will use.
+
+    Args:
+        cfg: the config.
+        loaders: among 'train', 'val' and 'test'.
+
+    Raises:
+        LaunchError: if one is missing; the message says where the data must lie, and how to name another place.
+    """
+    for loader in loaders:
+        section = f'{loader}_dataloader'
+        if not cfg.get(section):
+            continue
+        for key, dataset in _datasets(cfg[section].get('dataset'), f'{section}.dataset'):
+            root = dataset.get('data_root') or ''
+            paths = [dataset.get('ann_file')]
+            prefix = dataset.get('data_prefix') or {}
+            paths += [prefix] if isinstance(prefix, str) else [path for path in prefix.values() if isinstance(path, str)]
+            if not any(paths) and root:
+                paths = ['']
+            for path in paths:
+                path = path if path is None or _is_remote(path) else osp.join(root, path)
+                if path and not _is_remote(path) and not osp.exists(path):
+                    raise LaunchError(_describe_missing_data(path, key, dataset, section))
+        evaluators = cfg.get(f'{loader}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            path = evaluator.get('ann_file')
+            if path and not _is_remote(path) and not osp.exists(path):
+                raise LaunchError(f'there is no annotation file {path} (looked from {os.getcwd()}), which {loader}_evaluator '
+                                  f'needs. Another place: --cfg-options {loader}_evaluator.ann_file=/path/to/annotations.json')
+
+
+def _datasets(dataset, key: str) -> Iterator[Tuple[str, dict]]:
+    """The data sets inside wrappers (RepeatDataset, ConcatDataset, …), with their keys in the config."""
+    if not isinstance(dataset, dict):
+        return
+    if 'dataset' in dataset:
+        yield from _datasets(dataset['dataset'], f'{key}.dataset')
+    elif 'datasets' in dataset:
+        for index, part in enumerate(dataset['datasets']):
+            yield from _datasets(part, f'{key}.datasets.{index}')
+    else:
+        yield key, dataset
+
+
+def _is_remote(path: str) -> bool:
+    return '://' in path
+
+
+def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> str:
+    kind = str(dataset.get('type', 'data set'))
+    root = dataset.get('data_root')
+    text = f'there is no {path} (looked from {os.getcwd()}), which {section} needs.'
+    layout = LAYOUTS.get(kind.rpartition('.')[2])
+    if layout and root:
+        text += f' {kind} lies in {root}: {layout}.'
+    if root:
+        link = root.rstrip('/')
+        text += (f' If it is elsewhere, make a link (ln -s /path/to/data {link}), or name the place with --cfg-options '
+                 f'{key}.data_root=/path/to/data/, the same for the other data loaders')
+        text += ', and the annotation files of val_evaluator and test_evaluator' if 'ann_file' in dataset else ''
+    else:
+        text += f' Another place: --cfg-options {key}.ann_file=…'
+    return text
+
+
+def check_checkpoint(path: Optional[str], argument: str) -> None:
+    """Raises LaunchError if a local checkpoint is not there."""
+    if path and not _is_remote(path) and not osp.exists(path):
+        raise LaunchError(f'there is no checkpoint {path} (looked from {os.getcwd()}), which {argument} names')
+
+
+# Test-time augmentation ------------------------------------------------------------------------------------------------------
+
+#: Scales of the default test-time augmentation, relative to the test pipeline's; the plain view comes first.
+TTA_SCALES = dict(mmdet=(1.0, 0.75, 1.25), mmseg=(1.0, 0.5, 0.75, 1.25, 1.5, 1.75), mmpretrain=(1.0, ))
+
+
+def set_tta(cfg: Config) -> None:
+    """Turns the model into one with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``, or our defaults.
+
+    The default views are the test pipeline at several scales, plain and flipped. Detections are merged by
+    :class:`revcol_mm.detection.InstanceTTAModel` (which stands in for mmdet's ``DetTTAModel`` too, since that one refuses
+    masks), segmentation maps and class scores by the means of mmseg and mmpretrain.
+
+    Raises:
+        LaunchError: if there is no default for this config.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in TTA_SCALES and not ('tta_model' in cfg and 'tta_pipeline' in cfg):
+        raise LaunchError(f'--tta: no default for default_scope={scope!r}: add tta_model and tta_pipeline to the config')
+    models = dict(mmdet=dict(type='InstanceTTAModel', tta_cfg=dict(nms=_detector_nms(cfg.model), max_per_img=100)),
+                  mmseg=dict(type='SegTTAModel'), mmpretrain=dict(type='AverageClsScoreTTA'))
+    model = ConfigDict(cfg.get('tta_model') or models[scope])
+    if scope == 'mmdet':
+        importlib.import_module('revcol_mm.detection')
+        if model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
+            model.type = 'InstanceTTAModel'
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'pipeline' not in dataset:
+        raise LaunchError(f'--tta: {dataset.get("type")} in test_dataloader has no pipeline to augment')
+    pipeline = cfg.get('tta_pipeline') or default_tta_pipeline(dataset.pipeline, TTA_SCALES[scope])
+    cfg.model = ConfigDict(model, module=cfg.model)
+    dataset.pipeline = pipeline
+
+
+def _detector_nms(model: dict) -> dict:
+    """The detector's own last NMS, which belongs to its scores; plain NMS at 0.5 for detectors without one."""
+    test_cfg = model.get('test_cfg') or {}
+    return (test_cfg.get('rcnn') or test_cfg).get('nms') or dict(type='nms', iou_threshold=0.5)
+
+
+def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> List[dict]:
+    """A test pipeline's views at several scales, plain and flipped.
+
+    Args:
+        pipeline: the test pipeline: loading, transforms, among them one that resizes, and packing at the end.
+        scales: factors of the size that it resizes to. A pipeline without resizing is only flipped.
+    """
+    def kind(step: dict) -> str:
+        return str(step['type']).rpartition('.')[2]
+
+    steps = copy.deepcopy(list(pipeline))
+    pack = steps.pop()
+    if kind(pack) == 'PackDetInputs':
+        keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        pack['meta_keys'] = tuple(dict.fromkeys([*keys, 'flip', 'flip_direction']))
+    # The annotations stay those of the image as it is: loaded behind the flip.
+    annotations = [step for step in steps if kind(step) == 'LoadAnnotations']
+    steps = [step for step in steps if kind(step) != 'LoadAnnotations']
+    at = next((index for index, step in enumerate(steps) if 'Resize' in kind(step) and step.get('scale') is not None),
+              None) if len(scales) > 1 else None
+    flips = [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)]
+    if kind(pack) != 'PackInputs':  # mmpretrain's flip has no such choice
+        flips = [dict(flip, direction='horizontal') for flip in flips]
+    if at is None:
+        views, before, after = [flips], steps, []
+    else:
+        before, resize, after = steps[:at], steps[at], steps[at + 1:]
+        views = [[dict(resize, scale=_scaled(resize['scale'], factor)) for factor in scales], flips]
+    views += [[step] for step in (*after, *annotations, pack)]
+    return [*before, dict(type='TestTimeAug', transforms=views)]
+
+
+def _scaled(scale, factor: float):
+    return int(scale * factor) if isinstance(scale, (int, float)) else tuple(int(side * factor) for side in scale)
+
+
+# Runs ------------------------------------------------------------------------------------------------------------------------
+
+def build_runner(cfg: Config):
+    """mmengine's Runner, or the one that the config's ``runner_type`` names."""
+    if get_device() == 'cpu':
+        fit_to_cpu(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def train(argv: Optional[Sequence[str]] = None) -> None:
+    """``tools/train.py``.
+
+    Raises:
+        LaunchError: for what the user can remedy.
+    """
+    args = parse_train_args(argv)
+    cfg = load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        _set_auto_scale_lr(cfg, args.config)
+    _set_resume(cfg, args.resume)
+    check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
+    check_data(cfg, ('train', 'val'))
+    build_runner(cfg).train()
+
+
+def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
+    """``tools/test.py``.
+
+    Returns:
+        dict: the metrics.
+
+    Raises:
+        LaunchError: for what the user can remedy.
+    """
+    args = parse_test_args(argv)
+    cfg = load_config(args)
+    scope = cfg.get('default_scope')
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    check_checkpoint(args.checkpoint, 'the command line')
+    check_data(cfg, ('test', ))
+    if args.show or args.show_dir:
+        _set_visualization(cfg, args)
+    if args.tta:
+        set_tta(cfg)
+    dump = args.out is not None and args.out.endswith(('.pkl', '.pickle'))
+    if args.out is not None and not dump:
+        if scope != 'mmseg':
+            raise LaunchError(f'--out {args.out}: a file that ends in .pkl or .pickle')
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+        for evaluator in evaluators:
+            evaluator.update(output_dir=args.out, keep_results=True)
+    runner = build_runner(cfg)
+    if dump:
+        runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
+    return runner.test()
+
+
+def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
+    """Each package's visualization hook has its own words for the same."""
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise LaunchError(f'--show and --show-dir need a visualization hook in default_hooks, which {args.config} lacks')
+    hook.update(show=args.show, wait_time=args.wait_time)
+    if cfg.default_scope == 'mmpretrain':
+        hook.update(enable=True, out_dir=args.show_dir)
+        return
+    hook.draw = True
+    if args.show_dir and cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook.test_out_dir = args.show_dir
+
+
+def _build_dump(scope: str, path: str):
+    if scope == 'mmdet':
+        from mmdet.evaluation import DumpDetResults as Dump
+    else:
+        from mmengine.evaluator import DumpResults as Dump
+    return Dump(out_file_path=path)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the program with one sentence and exit status 1 for errors that its user can remedy; others keep their traceback."""
+    try:
+        yield
+    except LaunchError as error:
+        sys.exit(f'error: {error}')
+    except FileNotFoundError as error:
+        sys.exit(f'error: {error}')
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        sys.exit(f'error: {error}: pip install {PACKAGES.get(package, package)}')

@@ -1,0 +1,12 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Trains a detector, a segmentor or a classifier: python tools/train.py CONFIG (see --help)."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.launch import plain_errors, train  # noqa: E402
+
+if __name__ == '__main__':
+    with plain_errors():
+        train()
