@@ -253,19 +253,32 @@ class RevCol(BaseModule):
         else:
             super().init_weights()
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """Features of the last column.
+    def forward(self, x: Tensor, outputs: Optional[Sequence[Tuple[int, int]]] = None) -> Tuple[Tensor, ...]:
+        """Features of the last column, or of any.
 
         Args:
             x: images, (N, in_channels, H, W), H and W ≥ 32.
+            outputs: (column, level), both from 0, of each feature to return, without output norms. Inner columns' features
+                have exact gradients in reversible training too, and are not stored for them. Default: None, the levels in
+                ``out_indices`` of the last column.
 
         Returns:
-            tuple[Tensor]: for each l in ``out_indices``, (N, C[l], H/4/2^l, W/4/2^l) rounded down, contiguous.
+            tuple[Tensor]: for each l in ``out_indices``, or each (column, l) in ``outputs``, (N, C[l], H/4/2^l, W/4/2^l)
+            rounded down, contiguous.
+
+        Raises:
+            ValueError: for images of another shape, and outputs that do not exist.
         """
         self._check_input(x)
+        if outputs is not None:
+            outputs = [tuple(output) for output in outputs]
+            missing = [output for output in outputs if output[0] not in range(self.num_columns) or output[1] not in range(4)]
+            if missing:
+                raise ValueError(f'outputs={missing}: (column, level) pairs, columns from 0 to {self.num_columns - 1} and levels '
+                                 'from 0 to 3')
+            return self._run_columns(self._run_stem(x), outputs)
         last = self.num_columns - 1
-        x = self._run_stem(x)
-        features = self._run_columns(x, [(last, level) for level in self.out_indices])
+        features = self._run_columns(self._run_stem(x), [(last, level) for level in self.out_indices])
         return tuple(self._modules[f'norm{level}'](feature).contiguous() if f'norm{level}' in self._modules else feature
                      for level, feature in zip(self.out_indices, features))
 
