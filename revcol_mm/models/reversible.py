@@ -114,7 +114,8 @@ class ReversibleColumn(nn.Module):
         Args:
             x: the stem's output.
             p: features of the column before; None in the first column.
-            call: the state of a reversible pass (see :func:`run_columns`), which carries its own context; None for plain autograd.
+            call: the state of a reversible pass, which carries its own context (see :func:`run_columns`); None for plain
+                autograd.
             context: keyword arguments of every level.
         """
         if call is not None:
@@ -156,8 +157,8 @@ class ReversibleCall:
         self.context = dict(context or {})
         for name, value in self.context.items():
             if isinstance(value, Tensor) and value.requires_grad:
-                raise ValueError(f'context[{name!r}] requires a gradient, which a reversible pass would lose: only x, p and the '
-                                 "columns' parameters get one. Detach it, or use the plain path")
+                raise ValueError(f'context[{name!r}] requires a gradient, which a reversible pass would lose: only x, p and '
+                                 "the columns' parameters get one. Detach it, or use the plain path")
         self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
                              dtype=torch.get_autocast_dtype(device), cache_enabled=False)
         self.cuda_devices = [x.device] if device == 'cuda' else []
