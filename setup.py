@@ -1,8 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Packaging: everything static is in pyproject.toml, this file adds ``revcol_mm/.mim``.
 
-OpenMMLab packages carry their configs, tools and model index in a folder ``.mim`` inside the package, where mmengine and mim look
-for them. In a wheel these are copies; an editable install gets links to the checkout, so that an edited config is the one used.
+OpenMMLab packages carry their configs, tools and model index in a folder ``.mim`` inside the package, where mmengine and mim
+look for them. In a wheel these are copies; an editable install gets links to the checkout, so that an edited config is used.
 """
 import shutil
 from pathlib import Path

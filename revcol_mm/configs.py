@@ -1,8 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Where the configs are, wherever the package was installed from.
 
-mmengine resolves ``pkg::path`` for a fixed list of packages only, wants a slash in ``path``, and then takes ``pkg`` for a registry
-scope. A path has none of these limits: ``config_path`` is what replaces ``revcol_mm::``.
+mmengine resolves ``pkg::path`` for a fixed list of packages only, wants a slash in ``path``, and then takes ``pkg`` for the
+registry scope of what is inherited. A plain path has none of these limits: :func:`config_path` replaces ``revcol_mm::``.
 """
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def config_folder() -> Path:
-    """Returns the folder with the configs: inside an installed package, or in the checkout that the package is imported from."""
+    """Returns the folder with the configs: inside the installed package, or in the checkout it is imported from."""
     installed = _PACKAGE / '.mim' / 'configs'
     return installed if installed.is_dir() else _PACKAGE.parent / 'configs'
 

@@ -1,13 +1,13 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The version of this package, and the versions of its surroundings that it accepts. Imports nothing beyond the standard library."""
+"""The version of this package, and the versions of its surroundings that it accepts. Needs the standard library only."""
 import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = '0.1.0'
 
-# Import package -> the distributions that provide it -> versions that the test suite passes with. Distributions without versions
-# are recognised, so that an old or a lite one is checked too.
+# Import package -> the distributions that provide it -> versions that the test suite passes with. One without versions is
+# listed so that it is recognised as too old.
 KNOWN_VERSIONS = {
     'torch': {'torch': ('2.12.1', '2.13.0')},
     'mmengine': {'mmengine': ('0.10.7', ), 'onedl-mmengine': ('0.10.12', ), 'mmengine-lite': ('0.10.7', )},
@@ -35,7 +35,8 @@ def installed_version(package: str) -> tuple[str, str] | None:
         package (str): One of the keys of ``KNOWN_VERSIONS``.
 
     Returns:
-        tuple[str, str] or None: Name and version of the distribution, without a local part such as ``+cu130``; None if there is none.
+        tuple[str, str] or None: Name and version of the distribution, the version without a local part such as ``+cu130``;
+        None if there is none.
     """
     for distribution in KNOWN_VERSIONS[package]:
         try:
@@ -64,8 +65,8 @@ def check_versions() -> None:
         distribution, number = found
         minimum = MINIMUM_VERSIONS[package]
         if tuple(int(part) for part in re.findall(r'\d+', number)[:len(minimum)]) < minimum:
-            raise ImportError(f'revcol_mm needs {package} {".".join(map(str, minimum))} or newer, but {distribution} {number} is '
-                              f'installed; known to work: {_describe(known)}')
+            raise ImportError(f'revcol_mm needs {package} {".".join(map(str, minimum))} or newer, but {distribution} {number} '
+                              f'is installed; known to work: {_describe(known)}')
         if number not in known[distribution]:
             untested.append(f'{distribution} {number} (known: {_describe(known)})')
     if untested:

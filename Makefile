@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all set-up themselves; see docs/installation.md. PYTHON=... names the interpreter.
+ifeq ($(origin PYTHON), undefined)
+# A name on PATH is no proof: version managers put shims there for interpreters that are not installed.
+PYTHON := $(shell for name in python3.12 python3.11 python3; do \
+	$$name tools/setup_env.py --check >/dev/null 2>&1 && { echo $$name; exit; }; done; echo python3)
+endif
+
+RUN := .venv/bin/python
+# Two test processes with one thread each are faster on two cores than one process with two threads.
+TEST := -m pytest -n 2
+
+.PHONY: demo demo-seg demo-cls test test-onedl lint setup setup-onedl python clean
+
+demo: setup
+	$(RUN) tools/make_digits.py data/digits
+	$(RUN) tools/train.py configs/demo/cascade_rcnn_revcol_nano_digits.py --work-dir work_dirs/demo
+	$(RUN) tools/test.py configs/demo/cascade_rcnn_revcol_nano_digits.py work_dirs/demo/latest.pth \
+		--work-dir work_dirs/demo --show-dir pictures
+
+demo-seg: setup
+	$(RUN) tools/make_digits.py data/digits
+	$(RUN) tools/train.py configs/demo/upernet_revcol_nano_digits.py --work-dir work_dirs/demo-seg
+	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py work_dirs/demo-seg/latest.pth --work-dir work_dirs/demo-seg
+
+demo-cls: setup
+	$(RUN) tools/make_digits.py data/digits
+	$(RUN) tools/train.py configs/demo/revcol_nano_digits_cls.py --work-dir work_dirs/demo-cls
+	$(RUN) tools/test.py configs/demo/revcol_nano_digits_cls.py work_dirs/demo-cls/latest.pth --work-dir work_dirs/demo-cls
+
+test: setup
+	OMP_NUM_THREADS=1 $(RUN) $(TEST)
+
+# The same tests with the maintained forks in place of OpenMMLab's packages.
+test-onedl: setup-onedl
+	OMP_NUM_THREADS=1 .venv-onedl/bin/python $(TEST)
+
+lint: setup
+	$(RUN) -m ruff check
+
+setup: python
+	@$(PYTHON) tools/setup_env.py
+
+setup-onedl: python
+	@$(PYTHON) tools/setup_env.py --family onedl --venv .venv-onedl
+
+# What is no Python 3 cannot read the set-up script, which refuses the rest.
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 6))' >/dev/null 2>&1 || \
+		{ echo "error: PYTHON=$(PYTHON) does not run, or is too old; name a Python 3.11 or 3.12" >&2; exit 1; }
+
+clean:
+	rm -rf .venv .venv-onedl .cache build *.egg-info revcol_mm/.mim
