@@ -8,7 +8,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .safe import CheckpointError, read_checkpoint
+from .kernels import pad_on_load
+from .safe import CheckpointError, read_checkpoint, some
 
 # Where the weights lie in a file, by who wrote it: mmengine and mmcv, then the authors' classification code.
 WRAPPINGS = ('state_dict', 'model')
@@ -25,7 +26,7 @@ def find_state_dict(checkpoint: Any, filename: str) -> Tuple[Dict[str, Tensor], 
             weights = checkpoint if wrapping is None else checkpoint.get(wrapping)
             if isinstance(weights, Mapping) and any(isinstance(value, Tensor) for value in weights.values()):
                 return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, wrapping
-    found = f'the keys {_some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
+    found = f'the keys {some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
     raise CheckpointError(f"{filename} holds no weights: a state dict, {{'state_dict': …}} or {{'model': …}} is expected, and "
                           f'there is {found}')
 
@@ -85,14 +86,16 @@ def load_pretrained(module: nn.Module,
     found = {key: value for key, value in inside.items() if key in own}
     if not found:
         raise CheckpointError(f'{checkpoint} holds no weights of {name}' + (f' under {prefix!r}' if prefix else '') +
-                              f': its names are {_some(weights)}, and {name} looks for {_some(own)}')
+                              f': its names are {some(weights)}, and {name} looks for {some(own)}')
+    if getattr(module, 'pad_pretrained', False):
+        pad_on_load(module, found, '')
     _check_shapes(found, own, checkpoint, name)
     missing = [key for key in own if key not in found]
     lacking = [key for key in missing if not re.match(r'norm\d+\.', key)]
     surplus = [key for key in inside if key not in own and _family(key) in {_family(key) for key in own}]
     if lacking or surplus:
-        sentences = [f'{len(lacking)} of {len(own)} weights of {name} are missing: {_some(lacking)}'] if lacking else []
-        sentences += [f'{len(surplus)} weights have no place in it: {_some(surplus)}'] if surplus else []
+        sentences = [f'{len(lacking)} of {len(own)} weights of {name} are missing: {some(lacking)}'] if lacking else []
+        sentences += [f'{len(surplus)} weights have no place in it: {some(surplus)}'] if surplus else []
         raise CheckpointError(f'{checkpoint} holds another backbone, or a part of one: {"; ".join(sentences)}')
     check_finite(found, checkpoint)
 
@@ -109,7 +112,7 @@ def check_finite(weights: Mapping[str, Tensor], filename: str) -> None:
     """Raises CheckpointError, naming them, where weights are NaN or infinite."""
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {_some(bad)}')
+        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}')
 
 
 def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filename: str, name: str) -> None:
@@ -129,8 +132,3 @@ def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filena
 
 def _family(key: str) -> str:
     return key.split('.')[0].rstrip('0123456789') if not re.match(r'norm\d+\.', key) else key
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    names = [str(name) for name in names]
-    return ', '.join(names[:limit]) + (', …' if len(names) > limit else '') if names else '(none)'

@@ -4,7 +4,7 @@ import os
 import pickle
 import warnings
 from collections import OrderedDict
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Iterable, Optional, Union
 from urllib.error import URLError
 
 import numpy as np
@@ -148,3 +148,9 @@ def _explain(filename: str, message: str) -> str:
         return f'{filename} is refused: it calls functions on loading; nothing was run'
     reason = message.strip().splitlines()[-1] if 'Unsupported operand' not in message else 'its bytes are no checkpoint'
     return f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
+
+
+def some(names: Iterable[Any], limit: int = 4) -> str:
+    """The first few of many names, for a message."""
+    names = [str(name) for name in names]
+    return ', '.join(names[:limit]) + (', …' if len(names) > limit else '') if names else '(none)'

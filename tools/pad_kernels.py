@@ -1,0 +1,79 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Pads the depthwise kernels of a RevCol checkpoint (appendix D.3.1): old weights in the centre, a border of tiny noise.
+
+    python tools/pad_kernels.py ckpt.pth --size 7        # writes ckpt_k7.pth
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import List, Optional
+
+from revcol_mm.checkpoint import CheckpointError, PaddingReport, pad_checkpoint, read_checkpoint
+from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Pad the depthwise kernels of a RevCol checkpoint')
+    parser.add_argument('checkpoint', help='.pth or .safetensors: a backbone, a classifier, a detector, a segmentor; with '
+                        'averaged weights and optimizer state if it has them')
+    parser.add_argument('--size', type=int, nargs='+', required=True, metavar='K', help='new kernel sizes, odd; one file each')
+    parser.add_argument('--out', help="output; '{size}' in it stands for the kernel size. Default: CHECKPOINT_kK.pth beside it")
+    parser.add_argument('--std', type=float, default=1e-7, help='of the border (default: 1e-7)')
+    parser.add_argument('--seed', type=int, default=0, help='of the border (default: 0)')
+    parser.add_argument('--force', action='store_true', help='replace an output that exists')
+    parser.add_argument('--dry-run', action='store_true', help='check and print, write nothing')
+    parser.add_argument('--report', metavar='FILE', help='also write what was done as JSON')
+    return parser.parse_args(argv)
+
+
+def output_name(args: argparse.Namespace, size: int) -> str:
+    if args.out is None:
+        stem, extension = os.path.splitext(args.checkpoint)
+        return f'{stem}_k{size}{extension}'
+    if len(set(args.size)) > 1 and '{size}' not in args.out:
+        raise CheckpointError(f"--out {args.out}: with several sizes, the name needs '{{size}}' in it")
+    return args.out.replace('{size}', str(size))
+
+
+def describe(report: PaddingReport, output: str) -> str:
+    lines = [f'{report.size_before}×{report.size_before} → {report.size}×{report.size}: {output}']
+    lines += [f'  {len(names)} kernels padded' + (f' in {where!r}' if where else '') for where, names in report.kernels.items()]
+    lines += [f'  {report.moments} optimizer moments padded with zeros'] if report.moments else []
+    lines += [f'  {note}' for note in report.notes]
+    return '\n'.join(lines + [f'  load it with kernel_size={report.size} in the backbone'])
+
+
+def run(args: argparse.Namespace) -> None:
+    outputs = {size: output_name(args, size) for size in args.size}
+    for path in [*outputs.values(), *([args.report] if args.report else [])]:
+        check_output(path, args.checkpoint, args.force)
+    checkpoint = read_checkpoint(args.checkpoint, logger='silent')
+    reports = {}
+    with ExitStack() as files:  # all outputs appear together, or none
+        for size, path in outputs.items():
+            padded, report = pad_checkpoint(checkpoint, size, args.std, args.seed, args.checkpoint)
+            reports[path] = report
+            if not args.dry_run:
+                write_checkpoint(padded, files.enter_context(write_whole(path)), path.endswith('.safetensors'))
+        if args.report:
+            text = json.dumps({path: asdict(report) for path, report in reports.items()}, indent=2)
+            files.enter_context(write_whole(args.report)).write(text.encode())
+    for path, report in reports.items():
+        print(describe(report, path + (' (dry run, not written)' if args.dry_run else '')))
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleared away
+    main()
