@@ -274,8 +274,8 @@ class RevCol(BaseModule):
             outputs = [tuple(output) for output in outputs]
             missing = [output for output in outputs if output[0] not in range(self.num_columns) or output[1] not in range(4)]
             if missing:
-                raise ValueError(f'outputs={missing}: (column, level) pairs, columns from 0 to {self.num_columns - 1} and levels '
-                                 'from 0 to 3')
+                raise ValueError(f'outputs={missing}: (column, level) pairs, columns from 0 to {self.num_columns - 1} and '
+                                 'levels from 0 to 3')
             return self._run_columns(self._run_stem(x), outputs)
         last = self.num_columns - 1
         features = self._run_columns(self._run_stem(x), [(last, level) for level in self.out_indices])
