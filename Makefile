@@ -14,18 +14,18 @@ TEST := -m pytest -n 2
 demo: setup
 	$(RUN) tools/make_digits.py data/digits
 	$(RUN) tools/train.py configs/demo/cascade_rcnn_revcol_nano_digits.py --work-dir work_dirs/demo
-	$(RUN) tools/test.py configs/demo/cascade_rcnn_revcol_nano_digits.py work_dirs/demo/latest.pth \
+	$(RUN) tools/test.py configs/demo/cascade_rcnn_revcol_nano_digits.py $$(cat work_dirs/demo/last_checkpoint) \
 		--work-dir work_dirs/demo --show-dir pictures
 
 demo-seg: setup
 	$(RUN) tools/make_digits.py data/digits
 	$(RUN) tools/train.py configs/demo/upernet_revcol_nano_digits.py --work-dir work_dirs/demo-seg
-	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py work_dirs/demo-seg/latest.pth --work-dir work_dirs/demo-seg
+	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py $$(cat work_dirs/demo-seg/last_checkpoint) --work-dir work_dirs/demo-seg
 
 demo-cls: setup
 	$(RUN) tools/make_digits.py data/digits
 	$(RUN) tools/train.py configs/demo/revcol_nano_digits_cls.py --work-dir work_dirs/demo-cls
-	$(RUN) tools/test.py configs/demo/revcol_nano_digits_cls.py work_dirs/demo-cls/latest.pth --work-dir work_dirs/demo-cls
+	$(RUN) tools/test.py configs/demo/revcol_nano_digits_cls.py $$(cat work_dirs/demo-cls/last_checkpoint) --work-dir work_dirs/demo-cls
 
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) $(TEST)

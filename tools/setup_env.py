@@ -60,8 +60,9 @@ def check_compiler():
     """
     compiler = os.environ.get('CXX', 'c++')
     try:
-        works = subprocess.run([*compiler.split(), '-std=c++17', '-fsyntax-only', '-x', 'c++', '-'],
-                               input=b'#include <vector>\n', stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+        command = [*compiler.split(), '-std=c++17', '-fsyntax-only', '-x', 'c++', '-']
+        result = subprocess.run(command, input=b'#include <vector>\n', stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        works = result.returncode == 0
     except OSError:
         works = False
     if not works:
@@ -140,7 +141,7 @@ def choose_device(torch_cuda, capabilities, nvcc_version):
     if nvcc_version.split('.')[0] != torch_cuda.split('.')[0]:
         return 'cpu', (f'mmcv is for the CPU: nvcc is of CUDA {nvcc_version}, torch of {torch_cuda}; '
                        'set CUDA_HOME to a toolkit of the same major version.')
-    device = '-'.join(['cu' + torch_cuda.replace('.', ''), *('sm' + capability.replace('.', '') for capability in capabilities)])
+    device = '-sm'.join(['cu' + torch_cuda, *capabilities]).replace('.', '')
     return device, f'mmcv is for CUDA {torch_cuda} and GPUs of capability {", ".join(capabilities)}.'
 
 
@@ -216,8 +217,8 @@ def run(what, command, **changes):
 def build_mmcv(python, mmcv, folder, cuda):
     """Builds mmcv's wheel and keeps it.
 
-    The wheel is built beside its final place and moved there when it is complete and loads, under a lock: another set-up, or one
-    that was killed, never leaves half a wheel.
+    It is built beside its final place and moved there when it is complete and loads, under a lock of the caller: another set-up,
+    or one that was killed, never leaves half a wheel.
 
     Args:
         python (Path): Python of the virtual environment; torch and the build tools are installed there.
@@ -323,7 +324,7 @@ def set_up(venv, family):
 def main():
     parser = argparse.ArgumentParser(description='Sets up the virtual environment of this checkout.')
     parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='the virtual environment (default: .venv)')
-    parser.add_argument('--family', choices=('openmmlab', 'onedl'), default='openmmlab', help="OpenMMLab's packages or their forks")
+    parser.add_argument('--family', choices=('openmmlab', 'onedl'), default='openmmlab', help='packages of OpenMMLab or forks')
     parser.add_argument('--check', action='store_true', help='only say whether this interpreter will do')
     args = parser.parse_args()
     start = time.time()
