@@ -296,8 +296,9 @@ class RevCol(BaseModule):
 
     def _run_stem(self, x: Tensor) -> Tensor:
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        device = x.device.type
         # Every column adds to the gradient of x; in half precision that sum would lose the small terms.
-        return x.float() if torch.is_autocast_enabled(x.device.type) else x
+        return x.float() if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else x
 
     def _run_columns(self, x: Tensor, outputs: Sequence[Tuple[int, int]]) -> Tuple[Tensor, ...]:
         """Features of the given (column, level) pairs, contiguous."""
