@@ -1,0 +1,1 @@
+_base_ = '_base_/revcol_in22k.py'
