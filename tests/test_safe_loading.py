@@ -1,0 +1,341 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Loading a checkpoint never runs code from it, by any way; and what mmengine writes loads all the same."""
+import functools
+import http.server
+import itertools
+import os
+import pickle
+import threading
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import EMAHook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from torch import nn
+
+from revcol_mm.checkpoint import CheckpointError, enable_safe_loading, load_pretrained, read_checkpoint
+from revcol_mm.models import RevCol
+
+NANO = dict(channels=[4, 6, 8, 10], depths=(1, 1, 1, 1), num_columns=2)
+RUNS = itertools.count()
+REFUSED = (pickle.UnpicklingError, CheckpointError)
+
+
+class Trap:
+    """Makes a folder when it is unpickled by the plain pickle."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder, )
+
+
+@pytest.fixture
+def sprung(tmp_path):
+    return tmp_path / 'the-trap-was-sprung'
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """(folder, URL of the folder), with torch's download cache in another folder."""
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *args: None
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02, ), daemon=True)
+    thread.start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=['file', 'URL'])
+def trap(request, served, sprung):
+    """Address of a booby-trapped checkpoint, whose weights would otherwise fit."""
+    folder, url = served
+    weights = {f'backbone.{key}': value for key, value in RevCol(NANO).state_dict().items()}
+    torch.save(dict(state_dict=weights, meta=Trap(sprung)), folder / 'trap.pth')
+    return str(folder / 'trap.pth') if request.param == 'file' else f'{url}/trap.pth'
+
+
+def detector_config():
+    return Config(dict(
+        default_scope='mmdet',
+        model=dict(
+            type='RetinaNet', data_preprocessor=dict(type='DetDataPreprocessor'), backbone=dict(type='RevCol', arch=NANO),
+            neck=dict(type='FPN', in_channels=NANO['channels'], out_channels=8, num_outs=5),
+            bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1),
+            test_cfg=dict(nms_pre=10, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5)),
+        test_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])),
+        visualizer=dict(type='DetLocalVisualizer', name='safe-loading')))
+
+
+class Toy(BaseModel):
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        out = self.linear(torch.stack(list(inputs)))
+        return dict(loss=(out**2).mean()) if mode == 'loss' else list(out)
+
+
+class ToyData(torch.utils.data.Dataset):
+    metainfo = dict(classes=('a', 'b'), palette=[(1, 2, 3)], dataset_type='toy', scale=np.float64(0.5))
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.tensor([1., float(index)]), data_samples=index)
+
+
+class ToyMetric(BaseMetric):
+    """Gives a numpy number, as mmdet's and mmseg's metrics do."""
+    default_prefix = None
+
+    def process(self, data_batch, data_samples):
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results):
+        return dict(score=np.float64(0.25))
+
+
+def runner(work_dir, epochs=2, scheduler=None, **settings):
+    def loader():
+        return dict(dataset=ToyData(), batch_size=2, num_workers=0,
+                    sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='pseudo_collate'))
+
+    torch.manual_seed(0)
+    settings.setdefault('optim_wrapper', dict(optimizer=dict(type='AdamW', lr=0.1)))
+    return Runner(
+        model=Toy(), work_dir=str(work_dir), train_dataloader=loader(), val_dataloader=loader(),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs, val_interval=1), val_cfg=dict(), val_evaluator=Evaluator(ToyMetric()),
+        param_scheduler=scheduler, default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', interval=1, save_best='score', rule='greater'),
+            logger=dict(type='LoggerHook', interval=1)),
+        custom_hooks=[EMAHook(ema_type='ExponentialMovingAverage', momentum=0.1)], default_scope='mmengine',
+        experiment_name=f'safe-loading-{next(RUNS)}', log_level='WARNING', **settings)
+
+
+def test_the_trap_works_where_torch_is_told_to_run_code(tmp_path, sprung, monkeypatch):
+    torch.save(Trap(sprung), tmp_path / 'trap.pth')
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
+    torch.load(tmp_path / 'trap.pth', weights_only=False)
+    assert sprung.exists()
+
+
+def load_with_the_check_off(path):
+    return torch.load(path, weights_only=False)
+
+
+def load_with_fallback(path):
+    """As the loader of onedl-mmengine does."""
+    try:
+        return torch.load(path)
+    except Exception:
+        return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize('zipped', [True, False], ids=['zip format', 'old format'])
+@pytest.mark.parametrize('load', [load_with_the_check_off, load_with_fallback, torch.load, CheckpointLoader.load_checkpoint,
+                                  read_checkpoint])
+def test_a_file_with_code_is_refused_even_by_those_who_switch_the_check_off(tmp_path, sprung, load, zipped):
+    path = str(tmp_path / 'trap.pth')
+    torch.save(dict(state_dict=Trap(sprung)), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(REFUSED):
+        load(path)
+    assert not sprung.exists()
+
+
+def test_pretrained_weights_run_no_code(trap, sprung):
+    with pytest.raises(CheckpointError, match='trap.pth is refused: it refers to .*mkdir'):
+        RevCol(NANO, init_cfg=dict(type='Pretrained', checkpoint=trap)).init_weights()
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize('resume', [False, True], ids=['load_from', 'resume'])
+def test_load_from_and_resume_run_no_code(trap, sprung, resume, tmp_path):
+    with pytest.raises(REFUSED):
+        runner(tmp_path / f'run{resume}', load_from=trap, resume=resume).train()
+    assert not sprung.exists()
+
+
+def load_with_mmengine(trap):
+    load_checkpoint(nn.Linear(1, 1), trap)
+
+
+def load_with_torch_hub(trap):
+    torch.hub.load_state_dict_from_url(trap if '://' in trap else f'file://{trap}')
+
+
+def load_with_init_detector(trap):
+    from mmdet.apis import init_detector
+    init_detector(detector_config(), trap, device='cpu')
+
+
+def load_with_the_inferencer(trap):
+    from mmdet.apis import DetInferencer
+    DetInferencer(detector_config(), weights=trap, device='cpu')
+
+
+@pytest.mark.parametrize('load', [load_with_mmengine, load_with_torch_hub, load_with_init_detector, load_with_the_inferencer])
+def test_other_ways_in_run_no_code(trap, sprung, load):
+    with pytest.raises(REFUSED):
+        load(trap)
+    assert not sprung.exists()
+
+
+def test_a_url_loads_and_a_missing_one_gets_a_sentence(served):
+    folder, url = served
+    torch.save(dict(model=RevCol(NANO).state_dict()), folder / 'good.pth')
+    load_pretrained(RevCol(NANO), f'{url}/good.pth')
+    with pytest.raises(CheckpointError, match='absent.pth could not be downloaded'):
+        read_checkpoint(f'{url}/absent.pth')
+
+
+def test_safetensors_load_from_path_and_url_wherever_mmengine_loads(served):
+    from safetensors.torch import save_file
+    folder, url = served
+    weights = RevCol(NANO).state_dict()
+    save_file(weights, folder / 'weights.safetensors')
+    for address in (str(folder / 'weights.safetensors'), f'{url}/weights.safetensors'):
+        model = RevCol(NANO)
+        load_checkpoint(model, address, strict=True)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+class Asks:
+    """Pickles as a call of a function with arguments."""
+
+    def __init__(self, function, *args, state=None):
+        self.call = (function, args) + ((state, ) if state else ())
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize('request_', [
+    Asks(getattr, HistoryBuffer, '__init__'), Asks(getattr, HistoryBuffer, '__subclasses__'),
+    Asks(getattr, HistoryBuffer, 'register_statistics'), Asks(getattr, torch.Tensor, '__setstate__'),
+    Asks(getattr, np.ndarray, 'tofile'),
+    Asks(np.dtype, 'O', False, True, state=(3, '|', None, None, None, -1, -1, 0)), Asks(np.dtype, [('a', 'O')], False, True),
+    Asks(eval, '1 + 1'), Asks(Namespace)], ids=lambda asks: str(asks.call[:2]))
+def test_the_allow_list_is_no_door(request_, tmp_path):
+    """Neither attributes beyond the few needed, nor object dtypes, whose flags a pickle could overwrite."""
+    torch.save([request_], tmp_path / 'asks.pth')
+    with pytest.raises(CheckpointError, match='is refused'):
+        read_checkpoint(str(tmp_path / 'asks.pth'))
+
+
+def test_the_environment_variable_that_switches_the_check_off_is_taken_back(monkeypatch, tmp_path, sprung):
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    torch.save(Trap(sprung), tmp_path / 'trap.pth')
+    with pytest.warns(UserWarning, match='TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored'):
+        enable_safe_loading()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / 'trap.pth')
+    assert not sprung.exists()
+
+
+SCHEDULERS = dict(
+    linear_multistep=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=3), dict(type='MultiStepLR', milestones=[1])],
+    cosine=[dict(type='CosineAnnealingLR', T_max=3, eta_min=1e-3, convert_to_iter_based=True)],
+    poly=[dict(type='PolyLR', power=1.0, eta_min=0., end=3, by_epoch=False)],
+    one_cycle=[dict(type='OneCycleLR', eta_max=0.1, total_steps=6, by_epoch=False)],
+    one_cycle_linear=[dict(type='OneCycleLR', eta_max=0.1, total_steps=6, by_epoch=False, anneal_strategy='linear')],
+    others=[dict(type='ConstantLR', factor=0.5, end=1), dict(type='StepLR', step_size=1),
+            dict(type='ExponentialLR', gamma=0.9)])
+
+
+@pytest.mark.parametrize('scheduler', SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_a_run_resumes_from_what_it_has_written(tmp_path, scheduler):
+    """Schedulers, averaged weights, the best score, histories: after a restart all is as in a run that was never stopped."""
+    whole = runner(tmp_path / 'whole', epochs=3, scheduler=scheduler)
+    whole.train()
+    runner(tmp_path / 'parts', epochs=3, scheduler=scheduler).train()
+    os.remove(tmp_path / 'parts' / 'epoch_3.pth')
+    (tmp_path / 'parts' / 'last_checkpoint').write_text(str(tmp_path / 'parts' / 'epoch_2.pth'))
+    parts = runner(tmp_path / 'parts', epochs=3, scheduler=scheduler, resume=True)
+    parts.train()
+
+    assert parts.epoch == 3 and parts.message_hub.get_info('best_score') == 0.25
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, parts.model.state_dict()[key])
+    for name, history in whole.message_hub.log_scalars.items():
+        if 'lr' in name or 'loss' in name:
+            assert np.array_equal(history.data, parts.message_hub.log_scalars[name].data)
+    assert any(name.startswith('best') for name in os.listdir(tmp_path / 'parts'))
+
+
+def with_names_of_numpy_1(path):
+    """Rewrites a checkpoint as numpy 1 would have written it: its internal modules were called numpy.core."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    renamed = {key: value.replace(b'numpy._core.', b'numpy.core.') if key.endswith('data.pkl') else value
+               for key, value in entries.items()}
+    assert renamed != entries
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as archive:
+        for key, value in renamed.items():
+            archive.writestr(key, value)
+
+
+def test_files_written_under_numpy_1_and_numpy_2_load(tmp_path):
+    path = str(tmp_path / 'run' / 'epoch_1.pth')
+    runner(tmp_path / 'run', epochs=1).train()
+    new = read_checkpoint(path)
+    with_names_of_numpy_1(path)
+    old = read_checkpoint(path)
+    for hub in (old['message_hub'], new['message_hub']):
+        assert hub['runtime_info']['best_score'] == np.float64(0.25)
+        assert hub['log_scalars']['train/loss'].mean() > 0
+        assert hub['log_scalars']['train/loss'].statistics('current') == hub['log_scalars']['train/loss'].data[0][-1]
+    assert old['meta']['dataset_meta'] == ToyData.metainfo
+
+
+@pytest.mark.parametrize('value', [np.float32(1.5), np.int64(3), np.bool_(True), np.arange(6, dtype=np.uint8).reshape(2, 3),
+                                   np.array([1 + 2j]), torch.amp.GradScaler('cpu', enabled=True).state_dict()], ids=repr)
+def test_numbers_of_numpy_and_the_loss_scaler_survive(value, tmp_path):
+    torch.save([value], tmp_path / 'value.pth')
+    loaded = read_checkpoint(str(tmp_path / 'value.pth'))[0]
+    assert type(loaded) is type(value)
+    assert np.array_equal(loaded, value) if isinstance(value, np.ndarray) else loaded == value
+
+
+def test_settings_in_a_checkpoint_come_out_as_plain_dicts(tmp_path):
+    torch.save(Config(dict(a=dict(b=[1, dict(c=2)])))._cfg_dict, tmp_path / 'cfg.pth')
+    assert read_checkpoint(str(tmp_path / 'cfg.pth')) == OrderedDict(a=dict(b=[1, dict(c=2)]))
+
+
+def test_the_authors_training_checkpoints_load(tmp_path):
+    """They hold a yacs configuration, a dict with attributes, and by a slip of its code Python's function `input`."""
+    weights = RevCol(NANO).state_dict()
+    torch.save(dict(model=weights, input='INPUT', config='CONFIG', max_accuracy=82.2, state_dict_ema=None), tmp_path / 'a.pth')
+    with zipfile.ZipFile(tmp_path / 'a.pth') as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    config = (b'cyacs.config\nCfgNode\nq\xf0)\x81q\xf1(X\x06\x00\x00\x00OUTPUTX\x03\x00\x00\x00out'  # CfgNode(OUTPUT='out')
+              b'u}q\xf2X\r\x00\x00\x00__immutable__\x88sb')
+    for key, value in entries.items():
+        if key.endswith('data.pkl'):
+            value = value.replace(b'X\x05\x00\x00\x00INPUT', b'c__builtin__\ninput\n').replace(
+                b'X\x06\x00\x00\x00CONFIG', config)
+            assert b'CfgNode' in value and b'builtin__' in value
+            entries[key] = value
+    with zipfile.ZipFile(tmp_path / 'a.pth', 'w', zipfile.ZIP_STORED) as archive:
+        for key, value in entries.items():
+            archive.writestr(key, value)
+    loaded = read_checkpoint(str(tmp_path / 'a.pth'))
+    assert loaded['input'] is None and loaded['config'] == OrderedDict(OUTPUT='out')
+    load_pretrained(RevCol(NANO), str(tmp_path / 'a.pth'))
