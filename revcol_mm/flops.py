@@ -1,8 +1,9 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Parameters and multiply-adds of a config's model, part by part, on the meta device: no memory, whatever the size.
 
-One multiply-add is one FLOP here, as in the RevCol paper, in Swin's and ConvNeXt's, and in OpenMMLab's tables. Counted are convolutions, linear
-layers, matrix products, attention, and deformable attention; norms, activations, additions and interpolation are not.
+One multiply-add is one FLOP here, as in the RevCol paper, in Swin's and ConvNeXt's, and in OpenMMLab's tables. Counted are
+convolutions, linear layers, matrix products, attention, and deformable attention; norms, activations, additions and
+interpolation are not.
 
 Two-stage detectors are counted as in those tables: every stage's box head sees 1000 proposals and its mask head 100 boxes, and
 RoIAlign itself is free. Auxiliary heads are no part of a prediction: they have parameters and no FLOPs.
@@ -16,6 +17,7 @@ from typing import Callable, Dict, Iterator, Optional, Sequence, Tuple
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,14 +40,14 @@ class Cost:
 def build_on_meta(cfg: Config) -> nn.Module:
     """The model of a config in eval mode, on the meta device: shapes without storage."""
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), torch.device('meta'):
-        return MODELS.build(cfg.model).eval()
+        return MODELS.build(cfg.model).to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device
 
 
 def default_shape(cfg: Config) -> Tuple[int, int]:
     """Height and width at which papers state FLOPs.
 
-    Detection: 800×1280. Segmentation: the crop's height and four times its width, as 512×2048 or 640×2560. Classification: the size of
-    the test crop.
+    Detection: 800×1280. Segmentation: the crop's height and four times its width, as 512×2048 or 640×2560. Classification: the
+    size of the test crop.
 
     Raises:
         ValueError: if the config does not tell.
@@ -92,7 +94,8 @@ def count_model(model: nn.Module, shape: Sequence[int]) -> Dict[str, Cost]:
     with torch.no_grad(), _meta_transformers(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, \
             _by_part(model, counter.get_total_flops) as flops:
         _forward(model, image)
-    parts = {part: Cost(params[part], flops[part] // 2) for part in dict.fromkeys([*params, *flops])}
+    names = sorted(dict.fromkeys([*params, *flops]), key=lambda part: (part != 'backbone', part != 'neck'))  # then as defined
+    parts = {part: Cost(params[part], flops[part] // 2) for part in names}
     return {**parts, 'total': sum(parts.values(), Cost(0, 0))}
 
 
@@ -109,9 +112,12 @@ def _forward(model: nn.Module, image: Tensor) -> None:
         model.rpn_head(features)
         _forward_roi_head(model.roi_head, features)
     elif hasattr(model, 'forward_transformer'):  # DETR and its kin read the image's size from the data sample
-        from mmdet.structures import DetDataSample
         size = tuple(image.shape[-2:])
-        model(image, [DetDataSample(metainfo=dict(img_shape=size, batch_input_shape=size))], mode='tensor')
+        model(image, [BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=size))], mode='tensor')
+    elif hasattr(model, 'decode_head'):
+        # Not mode='tensor': Mask2Former's head wants data samples, which EncoderDecoder does not hand on.
+        samples = [[BaseDataElement()]] if hasattr(model.decode_head, 'pixel_decoder') else []
+        model.decode_head(model.extract_feat(image), *samples)
     else:
         model(image, mode='tensor')
 
@@ -183,21 +189,23 @@ class _Sizes(Tensor):
     """Heights and widths of feature maps, kept on the CPU.
 
     Deformable transformers put them into a tensor beside the features and read them back; on the meta device there would be
-    nothing to read. In arithmetic with meta tensors they join them.
+    nothing to read. Where they meet the meta device, single numbers become Python's, and tensors join the others there.
     """
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is Tensor.to:
             return args[0]
-        kwargs = kwargs or {}
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
-            def join(leaf):
-                if isinstance(leaf, cls) and leaf.dim():
-                    return torch.empty(tuple(leaf.shape), dtype=leaf.dtype, device='meta')
-                return leaf
 
-            args, kwargs = tree_map(join, (args, kwargs))
+        def join(leaf):
+            if not isinstance(leaf, cls):
+                return leaf
+            return leaf.as_subclass(Tensor).to('meta') if leaf.dim() else leaf.item()
+
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():  # the attributes of tensors are functions too
+            if 'device' in kwargs or any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+                args, kwargs = tree_map(join, (args, kwargs))
         return super().__torch_function__(func, types, args, kwargs)
 
 

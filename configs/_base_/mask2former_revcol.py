@@ -1,0 +1,41 @@
+# Mask2Former for RevCol on ADE20K, crops of 512x512: what all sizes share. Heads and augmentation are mmsegmentation's own. The
+# paper publishes no settings of its own for Mask2Former and says that it trains as with UPerNet; so do these configs. From
+# Mask2Former come the gradient clipping, the embeddings without weight decay, and the test on whole images.
+_base_ = 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
+
+custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation', 'mmdet.models'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='RevCol',
+        arch='tiny',
+        drop_path_rate=0.3,
+        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_tiny_1k.pth')),
+    decode_head=dict(in_channels=[64, 128, 256, 512]))
+
+# 8 GPUs x 2 images; --auto-scale-lr adapts the rate to other batch sizes.
+optim_wrapper = dict(
+    type='AmpOptimWrapper',
+    constructor='LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(
+        _delete_=True,
+        layer_decay_rate=1.0,
+        custom_keys=dict(
+            query_embed=dict(decay_mult=0.0), query_feat=dict(decay_mult=0.0), level_embed=dict(decay_mult=0.0))),
+    optimizer=dict(lr=4e-5, weight_decay=0.01))
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type='PolyLR', power=1.0, begin=1500, end=160000, eta_min=0.0, by_epoch=False)]
+param_scheduler_warmup_3000 = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=3000),
+    dict(type='PolyLR', power=1.0, begin=3000, end=160000, eta_min=0.0, by_epoch=False)]
+
+# Multi-scale and flip as mmseg 0.x tested: ratios of the usual size, not of the image's own.
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]

@@ -1,0 +1,39 @@
+# UPerNet for RevCol on ADE20K, crops of 512x512: what all sizes share. Heads, augmentation and 160k iterations are
+# mmsegmentation's own for ConvNeXt; the optimizer's settings are the authors' release's (the paper's table 14 agrees, but for
+# 80k iterations with ImageNet-22K weights).
+_base_ = 'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
+
+custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='RevCol',
+        arch='tiny',
+        drop_path_rate=0.3,
+        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_tiny_1k.pth')),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256))
+
+# 8 GPUs x 2 images; --auto-scale-lr adapts the rate to other batch sizes.
+optim_wrapper = dict(
+    _delete_=True,
+    type='AmpOptimWrapper',
+    loss_scale='dynamic',
+    constructor='LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(layer_decay_rate=1.0),
+    optimizer=dict(type='AdamW', lr=4e-5, betas=(0.9, 0.999), weight_decay=0.01))
+auto_scale_lr = dict(enable=False, base_batch_size=16)
+
+# Multi-scale and flip as mmseg 0.x tested, and the paper with it: ratios of the usual size, not of the image's own.
+tta_pipeline = _base_.tta_pipeline
+tta_pipeline[1].transforms[0] = [
+    dict(type='Resize', scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True) for ratio in _base_.img_ratios]
+
+# A slower start for the large sizes.
+param_scheduler_warmup_3000 = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=3000),
+    dict(type='PolyLR', power=1.0, begin=3000, end=160000, eta_min=0.0, by_epoch=False)]

@@ -1,0 +1,8 @@
+_base_ = '_base_/mask2former_revcol.py'
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        init_cfg=dict(
+            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_base_1k.pth')),
+    decode_head=dict(in_channels=[72, 144, 288, 576]))
