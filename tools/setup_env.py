@@ -217,8 +217,8 @@ def run(what, command, **changes):
 def build_mmcv(python, mmcv, folder, cuda):
     """Builds mmcv's wheel and keeps it.
 
-    It is built beside its final place and moved there when it is complete and loads, under a lock of the caller: another set-up,
-    or one that was killed, never leaves half a wheel.
+    It is built beside its final place and moved there when it is complete and loads, under a lock of the caller: another
+    set-up, or one that was killed, never leaves half a wheel.
 
     Args:
         python (Path): Python of the virtual environment; torch and the build tools are installed there.
