@@ -126,14 +126,14 @@ def read_checkpoint(filename: str, map_location: Union[str, torch.device] = 'cpu
         return CheckpointLoader.load_checkpoint(filename, map_location=map_location, logger=logger)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_explain(filename, str(error))) from None
-    except (EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, UnicodeDecodeError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
-                              ) from None
     except URLError as error:
         raise CheckpointError(f'{filename} could not be downloaded: {error}; download it by other means and give its path'
+                              ) from None
+    except (CheckpointError, PermissionError):
+        raise
+    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
                               ) from None
 
 
