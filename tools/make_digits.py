@@ -3,8 +3,11 @@
 """Makes the bundled data set: handwritten digits on textured backgrounds, with COCO, semantic and class labels."""
 import argparse
 import sys
+from pathlib import Path
 
-from revcol_mm.datasets import make_digits
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.datasets import make_digits  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,0 +1,53 @@
+# What the detectors on the bundled digits share: data (tools/make_digits.py), schedule and the small backbone, under one name,
+# since each detector's own base brings COCO's under the usual names.
+digits_root = 'data/digits/'
+digits_meta = dict(classes=tuple('0123456789'))
+
+digits_backbone = dict(
+    _delete_=True,
+    type='RevCol',
+    arch=dict(channels=(16, 32, 64, 128), depths=(1, 1, 2, 1), num_columns=3),
+    # At this size and schedule the released initialisation (LayerScale 1e-6, std 0.02) has hardly begun to learn.
+    layer_scale_init_value=1.0,
+    reversible=True,
+    init_cfg=dict(type='Kaiming', layer=['Conv2d', 'Linear']))
+
+digits_train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs')  # no flip: a mirrored digit is another sign
+]
+digits_test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+]
+digits_train_dataloader = dict(
+    _delete_=True,
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=digits_root,
+        metainfo=digits_meta,
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='train/'),
+        pipeline=digits_train_pipeline))
+digits_val_dataloader = dict(
+    _delete_=True,
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=digits_root,
+        metainfo=digits_meta,
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='val/'),
+        test_mode=True,
+        pipeline=digits_test_pipeline))
+digits_evaluator = dict(
+    _delete_=True, type='CocoMetric', ann_file=digits_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
