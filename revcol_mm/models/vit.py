@@ -176,5 +176,5 @@ class RevColViT(ColumnStack):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f'input of shape {tuple(x.shape)}: RevColViT takes (N, {self.in_channels}, H, W)')
         x, size = self.stem(x)
-        return tuple(feature.transpose(1, 2).reshape(-1, self.embed_dims, *size)  # (N, L, C) -> (N, C, H, W), a copy
+        return tuple(feature.transpose(1, 2).unflatten(2, size).contiguous()  # (N, L, C) -> (N, C, H, W)
                      for feature in self.run_columns(x))
