@@ -21,6 +21,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from .checkpoint import CheckpointError, read_checkpoint
 from .configs import config_path
 
 #: Import name and PyPI name of the packages that a config's ``default_scope`` can name.
@@ -327,9 +328,23 @@ def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> 
 
 
 def check_checkpoint(path: Optional[str], argument: str) -> None:
-    """Raises LaunchError if a local checkpoint is not there."""
-    if path and not _is_remote(path) and not osp.exists(path):
+    """Looks at a local checkpoint before anything is built. One of FSDP's is a folder.
+
+    Raises:
+        LaunchError: if it is not there, or not one that mmengine would load: of other files it loads nothing, and only warns.
+        CheckpointError: if it cannot be read.
+    """
+    if not path or _is_remote(path) or osp.isdir(path):
+        return
+    if not osp.exists(path):
         raise LaunchError(f'there is no checkpoint {path} (looked from {os.getcwd()}), which {argument} names')
+    content = read_checkpoint(path, map_location='meta', logger=None)
+    keys = list(content) if isinstance(content, dict) else []
+    if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
+        found = ', '.join(map(str, keys[:5])) or f'a {type(content).__name__}'
+        raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. Weights of '
+                          "a backbone go into the config: model.backbone.init_cfg=dict(type='Pretrained', "
+                          f"checkpoint='{path}')")
 
 
 # Test-time augmentation ------------------------------------------------------------------------------------------------------
@@ -483,7 +498,7 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     if args.show_dir and cfg.default_scope == 'mmseg':
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
-        hook.test_out_dir = args.show_dir
+        hook.test_out_dir = osp.abspath(args.show_dir)  # a relative one would lie in the work folder
 
 
 def _build_dump(scope: str, path: str):
@@ -499,9 +514,7 @@ def plain_errors() -> Iterator[None]:
     """Ends the program with one sentence and exit status 1 for errors that its user can remedy; others keep their traceback."""
     try:
         yield
-    except LaunchError as error:
-        sys.exit(f'error: {error}')
-    except FileNotFoundError as error:
+    except (LaunchError, CheckpointError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
     except ModuleNotFoundError as error:
         package = (error.name or '').partition('.')[0]

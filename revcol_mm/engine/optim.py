@@ -4,7 +4,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -56,11 +56,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f'paramwise_cfg has {unknown}: LayerDecayOptimWrapperConstructor knows {sorted(defaults)}. Keys '
                              'inherited from a base config go away with paramwise_cfg=dict(_delete_=True, …)')
         super().__init__(optim_wrapper_cfg, dict(defaults, **given))
+        self._dims: Dict[int, int] = {}
         rate = self.paramwise_cfg['layer_decay_rate']
         if not 0 < rate <= 1:
             raise ValueError(f'paramwise_cfg: layer_decay_rate={rate!r}: above 0, at most 1')
         if self.base_lr is None:
             raise ValueError('optim_wrapper.optimizer has no lr, which the rates of the layers are multiples of')
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        self._dims = _unsharded_dims(model)  # before mmengine takes the wrapper off
+        return super().__call__(model)
 
     def add_params(self, params: List[dict], module: nn.Module, **kwargs) -> None:
         """Appends the parameter groups of ``module`` to ``params``, those of the last layer first.
@@ -74,7 +79,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise TypeError(f'{type(module).__name__} has no backbone with get_layer_depth, for layer_decay_rate={rate}; '
                             '1.0 gives all layers the same rate')
         gammas = {id(gamma) for part in module.modules() if isinstance(part, ReversibleColumn) for gamma in part.gammas}
-        dims = _unsharded_dims(module)
         groups: Dict[Tuple[int, str], dict] = {}
         for name, param in module.named_parameters():
             if not param.requires_grad:
@@ -82,7 +86,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             name = _clean(name)
             layer, num_layers = _layer_of(name, backbones)
             scale = rate**(num_layers - layer - 1)
-            decays = dims.get(id(param), param.dim()) > 1 and not name.endswith('.bias')
+            decays = self._dims.get(id(param), param.dim()) > 1 and not name.endswith('.bias')
             if id(param) in gammas:
                 decays = self.paramwise_cfg['decay_gamma']
             label = 'decay' if decays else 'no_decay'

@@ -1,0 +1,57 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Sharded training of models that are too large for one GPU: mmengine's FSDP strategy, with what networks of columns need."""
+from typing import Optional, Union
+
+from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
+from mmengine.registry import STRATEGIES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+from ..models.reversible import ReversibleColumn
+
+
+def column_network_wrap_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """FSDP's ``auto_wrap_policy``: the network of columns is one unit, and all the rest of the model another.
+
+    A unit's parameters are gathered while it runs. A reversible pass runs through all columns, in the backward pass too, and
+    needs their parameters in one piece.
+    """
+    return recurse or any(isinstance(child, ReversibleColumn) for child in module.children())
+
+
+@STRATEGIES.register_module()
+class RevColFSDPStrategy(FSDPStrategy):
+    """Parameters, gradients and optimizer states sharded over the processes, also over CPU processes.
+
+    Example::
+
+        tools/dist_train.sh CONFIG 8 --cfg-options runner_type=FlexibleRunner strategy.type=RevColFSDPStrategy
+
+    Differences to mmengine's: the network of columns is a unit of its own, a checkpoint is one file that every other tool
+    reads, a run can be resumed from it with today's torch, and there need not be a GPU.
+
+    Args:
+        model_wrapper (dict, optional): arguments of ``MMFullyShardedDataParallel``: ``mixed_precision``, ``cpu_offload``, …
+            Default: ``auto_wrap_policy=column_network_wrap_policy``.
+        state_dict_cfg (str | dict): 'full' (one file), 'local' (a folder with one file a process), or mmengine's dict.
+            Default: 'full'.
+        **kwargs: those of mmengine's ``FSDPStrategy``.
+    """
+
+    def __init__(self, *, model_wrapper: Optional[dict] = None, state_dict_cfg: Union[str, dict] = 'full', **kwargs) -> None:
+        model_wrapper = dict(model_wrapper or {})
+        model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')
+        model_wrapper.setdefault('auto_wrap_policy', column_network_wrap_policy)
+        if get_device() == 'cpu':
+            model_wrapper['device_id'] = 'cpu'
+            if state_dict_cfg == 'full':  # mmengine's asks torch to move the tensors to the CPU, where they are: it crashes
+                state_dict_cfg = dict(
+                    state_dict_type='FULL_STATE_DICT', state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
+                    optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True))
+        super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        # mmengine passes these by position, in an order that torch has changed.
+        self.optim_wrapper.load_state_dict(FSDP.optim_state_dict_to_load(
+            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict))
