@@ -289,7 +289,6 @@ class _Column(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: ReversibleCall, column: ReversibleColumn, names: List[tuple], x: Tensor, *tensors: Tensor):
         ctx.set_materialize_grads(False)
-        levels = column.num_levels
         p, gammas, parameters = _split(column, tensors)
         ctx.call, ctx.column, ctx.names = call, column, names
         ctx.index = call.order[id(column)]
