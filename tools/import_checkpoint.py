@@ -1,0 +1,60 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Turns a file of the authors' release into one that today's mmdet, mmsegmentation or mmpretrain loads strictly.
+
+    python tools/import_checkpoint.py revcol_tiny_1k.pth --config configs/revcol_t_in1k.py
+    python tools/import_checkpoint.py my_classifier.pth --to-official
+"""
+import argparse
+import os
+import signal
+import sys
+from typing import List, Optional
+
+from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, read_checkpoint
+from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Import a checkpoint of the authors' release")
+    parser.add_argument('checkpoint', help='path or URL: classifier, Cascade Mask R-CNN (mmdet 2) or UPerNet (mmseg 0.x)')
+    parser.add_argument('--config', help='config of the model that will load it: names and shapes are checked against it')
+    parser.add_argument('--out', help='output, .pth or .safetensors. Default: NAME_mm.pth, or NAME_official.pth')
+    parser.add_argument('--ema', action='store_true', help="take the averaged weights of the authors' training checkpoints")
+    parser.add_argument('--to-official', action='store_true', help="the other way: to the authors' names and wrapping")
+    parser.add_argument('--force', action='store_true', help='replace an output that exists')
+    parser.add_argument('--dry-run', action='store_true', help='check and print, write nothing')
+    args = parser.parse_args(argv)
+    if args.to_official and (args.config or args.ema):
+        parser.error('--to-official goes without --config and --ema')
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    stem, extension = os.path.splitext(os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint)
+    out = args.out or f'{stem}_{"official" if args.to_official else "mm"}{extension}'
+    check_output(out, args.checkpoint, args.force)
+    if args.config and not os.path.isfile(args.config):
+        raise FileNotFoundError(f'config {args.config} does not exist')
+    checkpoint = read_checkpoint(args.checkpoint, logger='silent')
+    if args.to_official:
+        converted, report = export_official(checkpoint, args.checkpoint), f"the authors' names: {args.checkpoint}"
+    else:
+        converted, report = import_checkpoint(checkpoint, args.config, args.ema, args.checkpoint)
+    if not args.dry_run:
+        with write_whole(out) as file:
+            write_checkpoint(converted, file, out.endswith('.safetensors'))
+    print(report)
+    print(f'written:     {"nothing (dry run)" if args.dry_run else out}')
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleared away
+    main()

@@ -1,0 +1,31 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Strips a training checkpoint to what others need, and writes its hash into its name and a description beside it.
+
+    python tools/publish_checkpoint.py work_dirs/run/epoch_36.pth --out cascade_rcnn_revcol_t.pth
+"""
+import argparse
+import json
+import signal
+import sys
+from typing import List, Optional
+
+from revcol_mm.checkpoint import CheckpointError, publish_checkpoint
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description='Publish a checkpoint')
+    parser.add_argument('checkpoint')
+    parser.add_argument('--out', help='name before the hash is put in, .pth or .safetensors. Default: that of the checkpoint')
+    parser.add_argument('--force', action='store_true', help='replace outputs that exist')
+    args = parser.parse_args(argv)
+    try:
+        path, sidecar, description = publish_checkpoint(args.checkpoint, args.out, args.force)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f'error: {error}')
+    print(json.dumps(description, indent=2))
+    print(f'written: {path}, {sidecar}')
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleared away
+    main()
