@@ -2,13 +2,24 @@
 """Columns whose blocks are not ConvNeXt: ViT, C2f, Transformer encoders."""
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS
+from mmdet.registry import MODELS as DETECTION
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope, Registry
+from mmengine.structures import InstanceData
+from mmpretrain.registry import MODELS as CLASSIFICATION
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from revcol_mm import classification  # noqa: F401
+from revcol_mm.detection.simple_fpn import SimpleFPN
 from revcol_mm.models.c2f import RevColC2f
 from revcol_mm.models.reversible import ReversibilityError, run_columns
 from revcol_mm.models.sequence import RevColTransformerEncoder, WideMemoryDecoderLayer
@@ -422,7 +433,8 @@ class Reverser(nn.Module):
 
     def __init__(self, reversible):
         super().__init__()
-        self.encoder = RevColTransformerEncoder(32, 4, 64, num_columns=3, dropout=0., vocab_size=8, reversible=reversible)
+        self.encoder = RevColTransformerEncoder(
+            32, 4, 64, depths=(1, 1), num_columns=3, dropout=0., vocab_size=8, reversible=reversible)
         self.head = nn.Linear(32, 8)
 
     def forward(self, tokens, padding):
@@ -440,11 +452,11 @@ def _sentences(count, generator):
 def test_learns_to_reverse_sequences_of_any_length():
     """Positions count from the front, so that the end has to be found through the padding mask."""
     losses = {True: [], False: []}
-    for reversible, steps in ((False, 5), (True, 300)):
+    for reversible, steps in ((False, 5), (True, 250)):
         torch.manual_seed(0)
         model, generator = Reverser(reversible), torch.Generator().manual_seed(0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 300)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 250)
         for _ in range(steps):
             tokens, padding, target = _sentences(64, generator)
             loss = nn.functional.cross_entropy(model(tokens, padding)[~padding], target[~padding])
@@ -465,7 +477,92 @@ def test_learns_to_reverse_sequences_of_any_length():
 @pytest.mark.parametrize('name, options', [
     ('RevColViT', dict(arch=TINY_VIT)), ('RevColC2f', dict(arch=TINY_C2F)), ('RevColTransformerEncoder', dict(d_model=24))])
 def test_builds_from_a_config_in_any_scope(name, options):
-    from mmengine.registry import MODELS as ROOT
-    child = type(MODELS)('model', parent=ROOT, scope='revcol_test_scope')
-    assert type(child.build(dict(type=name, **options))).__name__ == name
-    ROOT.children.pop('revcol_test_scope')
+    scope = Registry('model', parent=MODELS, scope='revcol_test_scope')
+    try:
+        assert type(scope.build(dict(type=name, **options))).__name__ == name
+    finally:
+        MODELS.children.pop('revcol_test_scope')
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs'
+
+
+def test_the_documentations_examples_run():
+    examples = re.findall(r'```python\n(.*?)```', (ROOT / 'docs/columns.md').read_text(encoding='utf-8'), re.DOTALL)
+    assert len(examples) == 3
+    names = {}
+    try:
+        exec(examples[0], names)
+        names['RevMLP'](reversible=True)(torch.randn(2, 5, 16, requires_grad=True))[0].sum().backward()
+        with torch.device('meta'), torch.no_grad():  # full-size networks, shapes only
+            for example in examples[1:]:
+                exec(example, names)
+    finally:
+        MODELS.module_dict.pop('RevMLP', None)
+
+
+@pytest.mark.parametrize('size, drop_path_rate, parameters', [('s', 0.1, 20.87e6), ('b', 0.2, 89.06e6)])
+def test_imagenet_configs_hold_the_stated_networks(size, drop_path_rate, parameters):
+    config = Config.fromfile(CONFIGS / f'revcol_vit_{size}_in1k.py')
+    assert config.model.backbone.drop_path_rate == drop_path_rate
+    with DefaultScope.overwrite_default_scope('mmpretrain'), torch.device('meta'):
+        model = CLASSIFICATION.build(config.model)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
+    assert isinstance(model.backbone, RevColViT) and model.backbone.reversible
+
+
+def _images_with_a_box(count):
+    samples = []
+    for _ in range(count):
+        masks = torch.zeros(1, 128, 128, dtype=torch.bool)
+        masks[:, 30:70, 20:80] = True
+        sample = DetDataSample(metainfo=dict(img_shape=(128, 128), ori_shape=(128, 128), pad_shape=(128, 128),
+                                             batch_input_shape=(128, 128), scale_factor=(1., 1.), img_id=0))
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor([[20., 30., 80., 70.]]), labels=torch.tensor([3]),
+            masks=BitmapMasks(masks.numpy().astype('uint8'), 128, 128))
+        samples.append(sample)
+    return torch.randn(count, 3, 128, 128), samples
+
+
+def test_a_detector_on_vit_columns_trains_and_predicts():
+    register_all_modules(init_default_scope=False)
+    config = Config.fromfile(CONFIGS / 'demo/mask_rcnn_revcol_vit_digits.py')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        torch.manual_seed(0)
+        model = DETECTION.build(config.model)
+        images, samples = _images_with_a_box(2)
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+        for _ in range(4):
+            parts = model.loss(images, samples)
+            loss = sum(sum(part) if isinstance(part, list) else part for name, part in parts.items() if 'loss' in name)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert model.backbone.drift < 1e-6
+        assert losses[-1] < losses[0]
+        predictions = model.eval().predict(images, samples)
+    assert [len(prediction.pred_instances.bboxes.shape) for prediction in predictions] == [2, 2]
+
+
+def test_simple_fpn_makes_contiguous_scales_of_one_map_or_of_one_map_each():
+    neck = SimpleFPN(32, 16, scale_factors=(4, 2, 1, 0.5), num_outs=5)
+    maps = tuple(torch.randn(2, 32, 6, 10) for _ in range(4))
+    sizes = [(24, 40), (12, 20), (6, 10), (3, 5), (2, 3)]
+    each, one = neck(maps), neck(maps[-1:])
+    for outputs in (each, one):
+        assert [tuple(output.shape) for output in outputs] == [(2, 16, *size) for size in sizes]
+        assert all(output.is_contiguous() for output in outputs)
+    torch.testing.assert_close(each[3], one[3])  # the last scale reads the last map either way
+    assert not torch.allclose(each[0], one[0])
+
+
+def test_simple_fpn_refuses_what_it_cannot_scale():
+    with pytest.raises(ValueError, match='scale_factors'):
+        SimpleFPN(32, scale_factors=(3, 1))
+    with pytest.raises(ValueError, match='num_outs=1'):
+        SimpleFPN(32, scale_factors=(2, 1), num_outs=1)
+    with pytest.raises(ValueError, match='2 maps'):
+        SimpleFPN(32)([torch.zeros(1, 32, 4, 4)] * 2)
