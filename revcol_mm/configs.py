@@ -1,8 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Where the configs are, wherever the package was installed from.
 
-mmengine resolves ``pkg::path`` for a fixed list of packages only, and wants a slash in ``path``. A plain path has neither limit:
-:func:`config_path` replaces ``revcol_mm::``.
+mmengine resolves ``pkg::path`` for a fixed list of packages only, and wants a slash in ``path``. A plain path has neither
+limit: :func:`config_path` replaces ``revcol_mm::``.
 """
 from pathlib import Path
 
