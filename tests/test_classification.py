@@ -76,7 +76,8 @@ def test_classifier_scores_are_the_reference_s(reference, reversible):
 @check_modes
 def test_reconstructions_are_the_reference_s(reference, reversible):
     model, data = build_reference(reference, reversible), reference['intermediate']
-    for actual, expected in zip(model.head.reconstruct(model.extract_feat(data['image'])), data['reconstructions'], strict=True):
+    reconstructions = model.head.reconstruct(model.extract_feat(data['image']))
+    for actual, expected in zip(reconstructions, data['reconstructions'], strict=True):
         close(actual, expected)
 
 
@@ -145,7 +146,8 @@ def test_predictions_come_from_the_last_classifier_alone(reference):
 
 def test_images_to_rebuild_are_what_the_network_saw():
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
-    model = build(preprocessor=dict(mean=mean, std=std, to_rgb=True, batch_augments=dict(augments=[dict(type='Mixup', alpha=1.)])))
+    mixup = dict(augments=[dict(type='Mixup', alpha=1.)])
+    model = build(preprocessor=dict(mean=mean, std=std, to_rgb=True, batch_augments=mixup))
     pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     seen = model.data_preprocessor(dict(inputs=pictures, data_samples=samples_of([0, 1, 2, 3])), training=True)
     restored = model.restore_images(seen['inputs'])

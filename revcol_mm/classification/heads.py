@@ -193,7 +193,7 @@ class IntermediateSupervisionHead(ClsHead):
             labels = target.argmax(1) if soft else target
             for i, score in enumerate(scores):
                 accuracies = Accuracy.calculate(score, labels, topk=self.topk)
-                losses.update({f'head{i}_accuracy_top-{k}': value for k, value in zip(self.topk, accuracies)})
+                losses.update({f'head{i}_accuracy_top-{k}': value for k, (value, ) in zip(self.topk, accuracies)})
         return losses
 
     def predict(self, feats: Tuple[Tensor, ...],
