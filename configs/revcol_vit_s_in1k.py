@@ -13,3 +13,5 @@ model = dict(
         out_indices=(3, ),
         reversible=True),  # False: plain autograd, faster, with memory that grows with the columns
     head=dict(in_channels=224))
+
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(pos_embed=dict(decay_mult=0.))))
