@@ -47,7 +47,7 @@ def default_shape(cfg: Config) -> Tuple[int, int]:
     """Height and width at which papers state FLOPs.
 
     Detection: 800×1280. Segmentation: the crop's height and four times its width, as 512×2048 or 640×2560. Classification: the
-    size of the test crop.
+    size of the test crop, or of the training crop in a config without a test.
 
     Raises:
         ValueError: if the config does not tell.
@@ -59,10 +59,11 @@ def default_shape(cfg: Config) -> Tuple[int, int]:
         height, width = cfg.model.data_preprocessor.size
         return height, 4 * width
     if scope == 'mmpretrain':
-        sizes = [step.get('crop_size') or step.get('scale') for step in cfg.test_dataloader.dataset.pipeline
-                 if step.type in ('CenterCrop', 'Resize')]
-        if sizes:
-            return (sizes[-1], sizes[-1]) if isinstance(sizes[-1], int) else tuple(sizes[-1])
+        pipelines = [cfg[key].dataset.pipeline for key in ('test_dataloader', 'train_dataloader') if cfg.get(key)]
+        for step in (step for pipeline in pipelines for step in reversed(pipeline)):
+            size = step.get('crop_size') or step.get('scale')
+            if step.type in ('CenterCrop', 'Resize', 'RandomResizedCrop') and size:
+                return (size, size) if isinstance(size, int) else tuple(size)
     raise ValueError(f'no usual input size is known for the scope {scope!r} of this config: name one with --shape H W')
 
 

@@ -1,0 +1,54 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Parameters and FLOPs (multiply-adds) of a config's model, part by part, in seconds and without memory.
+
+    python tools/get_flops.py configs/cascade_rcnn_revcol_t.py
+    python tools/get_flops.py configs/upernet_revcol_h.py --shape 640 640
+"""
+import argparse
+import logging
+import sys
+import warnings
+from typing import List, Optional
+
+from mmengine.config import DictAction
+
+from revcol_mm.flops import count, default_shape
+from revcol_mm.launch import LaunchError, load_config
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Count the parameters and multiply-adds of a model, part by part')
+    parser.add_argument('config', help='a detector, a segmentor or a classifier')
+    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the image; default: '
+                        '800 1280 for detection, 512 2048 or 640 2560 for segmentation, the test crop for classification')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings of the config to replace')
+    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    cfg = load_config(args)
+    height, width = args.shape or default_shape(cfg)
+    parts = count(cfg, (height, width))
+    rows = [(part, f'{cost.params / 1e6:,.2f}M', f'{cost.macs / 1e9:,.2f}G') for part, cost in parts.items()]
+    size = max(len(part) for part in parts)
+    print(f'{args.config}, one image of {height}×{width}')
+    for part, params, macs in [('', 'parameters', 'FLOPs'), *rows]:
+        print(f'  {part:{size}}  {params:>12}  {macs:>12}')
+    print('FLOPs are multiply-adds of convolutions, linear layers, matrix products and attention.'
+          + (' Two-stage heads: 1000 boxes and 100 masks per stage.' if any('roi_head' in part for part in parts) else ''))
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # what heads say about their losses matters for training
+    try:
+        run(args)
+    except (LaunchError, ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: what no registry knows
+        sys.exit(f'error: {error.args[0]}')
+
+
+if __name__ == '__main__':
+    main()
