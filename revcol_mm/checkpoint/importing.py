@@ -59,8 +59,8 @@ class ImportReport:
             f'classes:     {self.num_classes or "unknown"}',
             f'weights:     {self.kept} ({", ".join(f"{count} {name}" for name, count in self.dtypes.items())})',
             f'mapped:      {len(self.renamed)} new names' + (f' (such as {_arrows(self.renamed)})' if self.renamed else ''),
-            f'dropped:     {len(self.dropped)}' + (f' ({some(self.dropped)})' if self.dropped else ''),
-            f'missing:     {len(self.missing)}' + (f' ({some(self.missing)})' if self.missing else '')))
+            f'dropped:     {len(self.dropped)}{_by_part(self.dropped)}',
+            f'missing:     {len(self.missing)}{_by_part(self.missing)}'))
 
 
 def import_checkpoint(checkpoint: Any, config: Optional[Union[str, Config]] = None, ema: bool = False,
@@ -196,3 +196,8 @@ def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], 
 
 def _arrows(renamed: Mapping[str, str]) -> str:
     return some((f'{old} → {new}' for old, new in renamed.items()), 2)
+
+
+def _by_part(names: List[str]) -> str:
+    counts = Counter(name.split('.')[0] for name in names)
+    return f' ({some((f"{count} of {part}" for part, count in counts.items()), 8)})' if names else ''
