@@ -1,0 +1,326 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""tools/train.py and tools/test.py on small models of all three packages, and what they say when something is missing."""
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, init_default_scope
+
+from revcol_mm import launch
+from revcol_mm.datasets import make_digits
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN, TEST = str(ROOT / 'tools' / 'train.py'), str(ROOT / 'tools' / 'test.py')
+
+COMMON = """
+custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
+backbone = dict(type='RevCol', arch=dict(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_columns=3), reversible=True,
+                layer_scale_init_value=1.0)
+optim = dict(constructor='LayerDecayOptimWrapperConstructor', paramwise_cfg=dict(layer_decay_rate=0.9),
+             optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05))
+classes = tuple('0123456789')
+loader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2), logger=dict(type='LoggerHook', interval=1),
+             timer=dict(type='IterTimerHook'))
+train_loop = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=1000)
+log_processor = dict(by_epoch=False)
+randomness = dict(seed=0)
+env_cfg = dict(mp_cfg=dict(mp_start_method='fork'))
+"""
+DETECTION = COMMON + """
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(_delete_=True, **backbone),
+    neck=dict(in_channels=[8, 16, 24, 32], out_channels=16, norm_cfg=dict(type='SyncBN')),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=16, num_classes=10),
+        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=10)),
+    train_cfg=dict(rpn=dict(sampler=dict(num=32)), rpn_proposal=dict(nms_pre=50, max_per_img=20),
+                   rcnn=dict(sampler=dict(num=8))),
+    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20), rcnn=dict(score_thr=0.0, max_per_img=5)))
+test_pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64), keep_ratio=True),
+                 dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+                 dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+train_dataloader = dict(sampler=dict(type='InfiniteSampler'), batch_sampler=None, dataset=dict(
+    data_root='{root}', metainfo=dict(classes=classes), ann_file='annotations/instances_train.json',
+    data_prefix=dict(img='train')), **loader)
+val_dataloader = dict(dataset=dict(
+    data_root='{root}', metainfo=dict(classes=classes), ann_file='annotations/instances_val.json', data_prefix=dict(img='val'),
+    pipeline=test_pipeline), **loader)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file='{root}/annotations/instances_val.json')
+test_evaluator = val_evaluator
+optim_wrapper = dict(_delete_=True, type='AmpOptimWrapper', **optim)
+default_hooks = hooks
+train_cfg = dict(_delete_=True, **train_loop)
+param_scheduler = []
+"""
+SEGMENTATION = COMMON + """
+_base_ = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+model = dict(
+    pretrained=None, backbone=dict(_delete_=True, **backbone), data_preprocessor=dict(size=(64, 64)),
+    decode_head=dict(in_channels=[8, 16, 24, 32], channels=16, num_classes=11), auxiliary_head=dict(in_channels=24, channels=16,
+                                                                                                    num_classes=11))
+dataset_type = 'BaseSegDataset'
+data = dict(type=dataset_type, data_root='{root}', img_suffix='.jpg', seg_map_suffix='.png',
+            metainfo=dict(classes=(*classes, 'background'), palette=[[20 * i, 0, 0] for i in range(11)]))
+train_dataloader = dict(dataset=dict(
+    _delete_=True, data_prefix=dict(img_path='train', seg_map_path='semantic/train'),
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')], **data), **loader)
+val_dataloader = dict(dataset=dict(
+    _delete_=True, data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)), dict(type='LoadAnnotations'),
+              dict(type='PackSegInputs')], **data), **loader)
+test_dataloader = val_dataloader
+optim_wrapper = dict(_delete_=True, **optim)
+default_hooks = hooks
+train_cfg = dict(_delete_=True, **train_loop)
+param_scheduler = []
+"""
+CLASSIFICATION = COMMON + """
+default_scope = 'mmpretrain'
+model = dict(type='ImageClassifier', backbone=dict(out_indices=(3, ), **backbone), neck=dict(type='GlobalAveragePooling'),
+             head=dict(type='LinearClsHead', num_classes=10, in_channels=32, loss=dict(type='CrossEntropyLoss')),
+             data_preprocessor=dict(num_classes=10, mean=[128] * 3, std=[64] * 3))
+pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+data = dict(type='CustomDataset', data_root='{root}/crops', pipeline=pipeline)
+train_dataloader = dict(batch_size=4, num_workers=0, dataset=dict(data_prefix='train', **data),
+                        sampler=dict(type='InfiniteSampler', shuffle=True))
+test_dataloader = dict(batch_size=50, num_workers=0, dataset=dict(data_prefix='val', **data),
+                       sampler=dict(type='DefaultSampler', shuffle=False))
+test_evaluator = dict(type='Accuracy', topk=(1, 5))
+test_cfg = dict()
+optim_wrapper = optim
+default_hooks = hooks
+train_cfg = train_loop
+"""
+
+
+@pytest.fixture(scope='module')
+def workshop(tmp_path_factory):
+    """A folder with the data set and one config for each package."""
+    folder = tmp_path_factory.mktemp('tools')
+    make_digits(folder / 'digits', num_train=4, num_val=2, size=64)
+    for name, text in dict(detection=DETECTION, segmentation=SEGMENTATION, classification=CLASSIFICATION).items():
+        (folder / f'{name}.py').write_text(text.replace('{root}', str(folder / 'digits')))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(monkeypatch, tmp_path):
+    """Every test starts its runs in its own folder, and leaves the default scope as it was."""
+    monkeypatch.chdir(tmp_path)
+    before = DefaultScope.get_current_instance()
+    yield
+    if before is not None:
+        init_default_scope(before.scope_name)
+
+
+def run(*command, variables=(), **kwargs):
+    env = dict(os.environ, OMP_NUM_THREADS='1', **dict(variables))
+    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def workshop(tmp_path_factory):
+    """A folder with the data set and one config for each package."""
+    folder = tmp_path_factory.mktemp('tools')
+    make_digits(folder / 'digits', num_train=4, num_val=2, size=64)
+    for name, text in dict(detection=DETECTION, segmentation=SEGMENTATION, classification=CLASSIFICATION).items():
+        (folder / f'{name}.py').write_text(text.replace('{root}', str(folder / 'digits')))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(monkeypatch, tmp_path):
+    """Every test starts its runs in its own folder, and leaves the default scope as it was."""
+    monkeypatch.chdir(tmp_path)
+    before = DefaultScope.get_current_instance()
+    yield
+    if before is not None:
+        init_default_scope(before.scope_name)
+
+
+def run(*command, variables=(), **kwargs):
+    return subprocess.run([sys.executable, *map(str, command)], env=dict(os.environ, OMP_NUM_THREADS='1', **dict(variables)), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def detector(workshop):
+    """What tools/train.py says and leaves behind."""
+    result = run(TRAIN, 'detection.py', '--amp', cwd=workshop)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result, workshop / 'work_dirs' / 'detection' / 'iter_2.pth'
+
+
+def test_a_detector_trains_without_a_gpu_although_its_config_asks_for_one(detector):
+    result, checkpoint = detector
+    assert 'float32 instead of mixed precision' in result.stderr
+    assert 'SyncBN becomes BN' in result.stderr
+    assert 'Iter(train) [2/2]' in result.stdout + result.stderr
+    assert checkpoint.is_file()
+
+
+def test_test_prints_coco_ap_of_boxes_and_masks(detector, workshop):
+    result = run(TEST, 'detection.py', detector[1], cwd=workshop)
+    assert result.returncode == 0, result.stderr[-3000:]
+    text = result.stdout + result.stderr
+    assert 'coco/bbox_mAP: ' in text and 'coco/segm_mAP: ' in text
+    assert 'Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all' in text
+
+
+def test_out_and_show_dir_are_written_where_they_are_said_to_be_and_tta_merges_masks(detector, workshop, tmp_path):
+    metrics = launch.test([str(workshop / 'detection.py'), str(detector[1]), '--out', 'predictions.pkl', '--show-dir', 'drawn',
+                           '--tta', '--work-dir', 'work'])
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(metrics)
+    predictions = pickle.loads((tmp_path / 'predictions.pkl').read_bytes())
+    assert len(predictions) == 2
+    assert all({'bboxes', 'scores', 'labels', 'masks'} <= set(p['pred_instances']) for p in predictions)
+    assert len(list((tmp_path / 'drawn').rglob('*.jpg'))) == 2
+
+
+def test_tta_of_the_identity_alone_gives_the_plain_predictions_of_the_detector(detector, workshop, tmp_path):
+    config, checkpoint = str(workshop / 'detection.py'), str(detector[1])
+    launch.test([config, checkpoint, '--out', 'plain.pkl', '--work-dir', 'work'])
+    cfg = Config.fromfile(config)
+    pack = dict(cfg.test_pipeline[-1], meta_keys=(*cfg.test_pipeline[-1]['meta_keys'], 'flip', 'flip_direction'))
+    (tmp_path / 'identity.py').write_text(f'_base_ = {config!r}\ntta_pipeline = ' + repr([
+        dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[
+            [dict(type='Resize', scale=(64, 64), keep_ratio=True)], [dict(type='RandomFlip', prob=0.)], [pack]])]) + '\n')
+    launch.test(['identity.py', checkpoint, '--tta', '--out', 'tta.pkl', '--work-dir', 'work'])
+    plain, tta = (pickle.loads(Path(name).read_bytes()) for name in ('plain.pkl', 'tta.pkl'))
+    for a, b in zip(plain, tta):
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(a['pred_instances'][key], b['pred_instances'][key])
+        assert a['pred_instances']['masks'] == b['pred_instances']['masks']
+
+
+def test_the_tool_of_mmdet_runs_the_same_config(workshop, tmp_path):
+    # It has no fallback for machines without a GPU: the config must not ask for mixed precision.
+    result = run(Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py', workshop / 'detection.py', '--work-dir', tmp_path,
+                 '--cfg-options', 'optim_wrapper.type=OptimWrapper', 'train_cfg.max_iters=1',
+                 variables=dict(PYTHONPATH=str(ROOT)))  # our tools find the checkout themselves
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_segmentor_trains_and_is_tested_plain_and_with_tta(workshop, tmp_path):
+    config = str(workshop / 'segmentation.py')
+    launch.train([config, '--work-dir', 'work'])
+    assert 'mIoU' in launch.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--out', 'maps'])
+    assert len(list((tmp_path / 'maps').glob('*.png'))) == 2
+    assert 'mIoU' in launch.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--tta'])
+
+
+def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterrupted_run(workshop, tmp_path):
+    config = str(workshop / 'classification.py')
+    killed = subprocess.Popen([sys.executable, TRAIN, config, '--work-dir', 'killed', '--cfg-options',
+                               'train_cfg.max_iters=1000000'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))
+    last = tmp_path / 'killed' / 'last_checkpoint'
+    deadline = time.monotonic() + 120
+    while not last.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    reached = int(last.read_text().rpartition('_')[2].removesuffix('.pth'))
+    options = ['--cfg-options', f'train_cfg.max_iters={reached + 4}']
+    launch.train([config, '--work-dir', 'killed', '--resume', 'auto', *options])
+    launch.train([config, '--work-dir', 'whole', *options])
+    entries = [json.loads(line) for log in sorted((tmp_path / 'killed').glob('*/vis_data/scalars.json'))[-1:]
+               for line in log.read_text().splitlines()]
+    assert [entry['step'] for entry in entries] == list(range(reached + 1, reached + 5))
+    resumed, whole = (torch.load(tmp_path / name / f'iter_{reached + 4}.pth', weights_only=True)['state_dict']
+                      for name in ('killed', 'whole'))
+    for name, value in whole.items():  # the same operations in the same order: equal but for threads, of which there is one
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    metrics = launch.test([config, f'killed/iter_{reached + 4}.pth', '--work-dir', 'killed', '--out', 'scores.pkl', '--tta'])
+    assert {'accuracy/top1', 'accuracy/top5'} <= set(metrics)
+    assert len(pickle.loads(Path('scores.pkl').read_bytes())) == len(list((workshop / 'digits/crops/val').rglob('*.jpg')))
+
+
+def test_configs_of_the_package_are_found_by_name_from_anywhere():
+    args = launch.parse_train_args(['mask_rcnn_revcol_t'])
+    assert launch.load_config(args).model.backbone.type == 'RevCol'
+    args = launch.parse_train_args(['configs/mask_rcnn_revcol_t.py'])
+    assert launch.load_config(args).work_dir == 'work_dirs/mask_rcnn_revcol_t'
+
+
+def test_amp_resume_auto_scale_lr_and_cfg_options_mean_what_they_mean_in_mmdet(workshop, monkeypatch):
+    seen = []
+
+    class Runner:
+        def train(self):
+            pass
+
+    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or Runner())
+    launch.train([str(workshop / 'detection.py'), '--amp', '--resume', '--auto-scale-lr', '--work-dir', 'w', '--cfg-options',
+                  'auto_scale_lr.base_batch_size=32', 'model.test_cfg.rcnn.max_per_img=3'])
+    cfg = seen[0]
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper' and cfg.optim_wrapper.loss_scale == 'dynamic'
+    assert cfg.resume is True and cfg.load_from is None
+    assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=32)
+    assert cfg.model.test_cfg.rcnn.max_per_img == 3 and cfg.work_dir == 'w'
+
+
+def test_a_tool_ends_with_one_sentence_and_status_1(workshop):
+    result = run(TRAIN, workshop / 'nothing.py')
+    assert result.returncode == 1 and result.stdout == ''
+    assert 'Traceback' not in result.stderr and result.stderr.strip().splitlines()[-1].startswith('error: there is no config')
+
+
+def test_a_missing_data_set_names_the_place_and_how_to_change_it(workshop):
+    for option, found in (('train_dataloader.dataset.data_root=/nowhere/', '/nowhere/annotations/instances_train.json'),
+                          ('val_dataloader.dataset.data_prefix.img=none', 'digits/none'),
+                          ('val_evaluator.ann_file=/nowhere/x.json', '/nowhere/x.json')):
+        with pytest.raises(launch.LaunchError, match='--cfg-options') as error:
+            launch.train([str(workshop / 'detection.py'), '--cfg-options', option])
+        assert found in str(error.value)
+    with pytest.raises(launch.LaunchError, match=r'data/coco.*train2017.*ln -s'):
+        launch.train(['mask_rcnn_revcol_t'])
+
+
+def test_a_missing_damaged_or_foreign_checkpoint_is_named(workshop, tmp_path):
+    config = str(workshop / 'detection.py')
+    with pytest.raises(launch.LaunchError, match='there is no checkpoint none.pth'):
+        launch.test([config, 'none.pth'])
+    with pytest.raises(launch.LaunchError, match='there is no checkpoint none.pth.*--resume'):
+        launch.train([config, '--resume', 'none.pth'])
+    (tmp_path / 'damaged.pth').write_bytes(b'no checkpoint')
+    with pytest.raises(launch.CheckpointError, match='damaged.pth'):
+        launch.test([config, 'damaged.pth'])
+    torch.save(dict(model=dict(weight=torch.zeros(1))), tmp_path / 'released.pth')
+    with pytest.raises(launch.LaunchError, match=r'released.pth.*holds model.*init_cfg'):  # mmengine would load nothing of it
+        launch.test([config, 'released.pth'])
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    (tmp_path / 'imports.py').write_text("custom_imports = dict(imports=['not_there'], allow_failed_imports=False)\n")
+    with pytest.raises(launch.LaunchError, match='not_there'):
+        launch.train(['imports.py'])
+    (tmp_path / 'scope.py').write_text("default_scope = 'mmseg'\n")
+    find = launch.importlib.util.find_spec
+    monkeypatch.setattr(launch.importlib.util, 'find_spec', lambda name: None if name == 'mmseg' else find(name))
+    with pytest.raises(launch.LaunchError, match='pip install mmsegmentation'):
+        launch.train(['scope.py'])
+
+
+def test_other_mistakes_are_named(workshop, tmp_path):
+    (tmp_path / 'broken.py').write_text('model = dict(\n')
+    with pytest.raises(launch.LaunchError, match='broken.py is not a valid config'):
+        launch.train(['broken.py'])
+    with pytest.raises(launch.LaunchError, match='--auto-scale-lr'):
+        launch.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
+    torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
+    with pytest.raises(launch.LaunchError, match=r'--out predictions.json.*\.pkl'):
+        launch.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'predictions.json'])
