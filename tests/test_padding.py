@@ -304,6 +304,16 @@ def test_the_next_step_moves_the_centre_as_without_padding():
         torch.testing.assert_close(centre(kernel), models[3].state_dict()[key], rtol=0, atol=1e-9)
 
 
+def test_optimizer_states_by_name_are_padded(tmp_path):
+    """FSDP keeps them so."""
+    weights = {**revcol().state_dict(), 'neck.weight': torch.ones(4, 1, 3, 3)}
+    state = {name: dict(step=torch.tensor(1.), exp_avg=torch.ones_like(value)) for name, value in weights.items()}
+    padded, report = pad_checkpoint(dict(state_dict=weights, optimizer=dict(state=state, param_groups=[])), 5)
+    moments = padded['optimizer']['state']
+    assert report.moments == 8 and moments['neck.weight']['exp_avg'].shape[-1] == 3
+    assert all(moments[name]['exp_avg'].shape == kernel.shape for name, kernel in kernels(padded['state_dict']).items())
+
+
 def test_where_moments_cannot_be_told_apart_the_optimizer_is_left_out_loudly(tmp_path, capsys):
     train(tmp_path / 'run', neck=True)
     pad_kernels.main([str(tmp_path / 'run' / 'epoch_1.pth'), '--size', '5'])
@@ -417,6 +427,16 @@ def test_bad_files_get_a_sentence(checkpoint, tmp_path, spoil, sentence):
         pad_kernels.main([str(checkpoint), '--size', '7'])
     assert 'ckpt.pth' in refusal.value.code and '\n' not in refusal.value.code
     assert before == (sorted(os.listdir(tmp_path)), checkpoint.is_file() and sha(checkpoint))
+
+
+@pytest.mark.parametrize('contents', [b'', b'{"a": 1}', b'\xff' * 100, None], ids=['empty', 'text', 'bytes', 'cut off'])
+def test_bad_safetensors_get_a_sentence(tmp_path, contents):
+    from safetensors.torch import save
+    path = tmp_path / 'ckpt.safetensors'
+    path.write_bytes(save(revcol().state_dict())[:20000] if contents is None else contents)
+    with pytest.raises(SystemExit, match='error: .*ckpt.safetensors(:| is empty)'):
+        pad_kernels.main([str(path), '--size', '7'])
+    assert os.listdir(tmp_path) == ['ckpt.safetensors']
 
 
 @pytest.mark.parametrize('arguments, sentence', [

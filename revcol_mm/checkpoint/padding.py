@@ -152,9 +152,10 @@ def _pad_moments(optimizer: Any, weights: Mapping[str, Tensor], report: PaddingR
         state[index] = moments
         if not tensors or tensors[0].shape not in shapes:
             continue
-        if others and index not in names:
+        name = index if isinstance(index, str) else names.get(index)  # FSDP's states go by name
+        if others and name is None:
             raise _Unclear(f'{others[0]} has the shape of a depthwise kernel, and the parameters are not named')
-        if not others or KERNEL.fullmatch(names[index]):
+        if not others or KERNEL.fullmatch(name):
             state[index] = {key: nn.functional.pad(value, [margin] * 4) if isinstance(value, Tensor) and value.dim() else value
                             for key, value in moments.items()}
             report.moments += len(tensors)
