@@ -32,7 +32,8 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def output_name(args: argparse.Namespace, size: int) -> str:
     if args.out is None:
-        stem, extension = os.path.splitext(args.checkpoint)
+        source = os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint
+        stem, extension = os.path.splitext(source)
         return f'{stem}_k{size}{extension}'
     if len(set(args.size)) > 1 and '{size}' not in args.out:
         raise CheckpointError(f"--out {args.out}: with several sizes, the name needs '{{size}}' in it")

@@ -13,6 +13,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import scheduler
 from mmengine.runner import CheckpointLoader
 
+try:
+    from numpy._core import multiarray
+except ImportError:  # numpy 1
+    from numpy.core import multiarray
+
 FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 NUMBER_KINDS = 'biufc'  # of numpy dtypes: booleans, integers, floats, complex numbers
 
@@ -53,11 +58,10 @@ class _Settings:
 
 def _safe_globals() -> list:
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDG'}
-    multiarray = getattr(np, '_core', None) or np.core
     allowed = [HistoryBuffer, np.ndarray, (_safe_getattr, 'builtins.getattr'), (_safe_dtype, 'numpy.dtype'), *dtypes]
     for package in ('numpy.core', 'numpy._core'):  # up to numpy 1, and from numpy 2 on
-        allowed += [(multiarray.multiarray._reconstruct, f'{package}.multiarray._reconstruct'),
-                    (multiarray.multiarray.scalar, f'{package}.multiarray.scalar')]
+        allowed += [(multiarray._reconstruct, f'{package}.multiarray._reconstruct'),
+                    (multiarray.scalar, f'{package}.multiarray.scalar')]
     allowed.append((scheduler.OneCycleParamScheduler, 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'))
     # Settings inside of files: of mmengine's configs, and the authors' classification code, whose training checkpoints hold
     # its configuration (yacs) and, by a slip, Python's function `input`.
