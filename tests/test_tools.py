@@ -133,30 +133,6 @@ def run(*command, variables=(), **kwargs):
 
 
 @pytest.fixture(scope='module')
-def workshop(tmp_path_factory):
-    """A folder with the data set and one config for each package."""
-    folder = tmp_path_factory.mktemp('tools')
-    make_digits(folder / 'digits', num_train=4, num_val=2, size=64)
-    for name, text in dict(detection=DETECTION, segmentation=SEGMENTATION, classification=CLASSIFICATION).items():
-        (folder / f'{name}.py').write_text(text.replace('{root}', str(folder / 'digits')))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_surroundings(monkeypatch, tmp_path):
-    """Every test starts its runs in its own folder, and leaves the default scope as it was."""
-    monkeypatch.chdir(tmp_path)
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
-
-
-def run(*command, variables=(), **kwargs):
-    return subprocess.run([sys.executable, *map(str, command)], env=dict(os.environ, OMP_NUM_THREADS='1', **dict(variables)), capture_output=True, text=True, timeout=300, **kwargs)
-
-
-@pytest.fixture(scope='module')
 def detector(workshop):
     """What tools/train.py says and leaves behind."""
     result = run(TRAIN, 'detection.py', '--amp', cwd=workshop)

@@ -1,0 +1,73 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The launch scripts with two CPU processes: DDP, distributed testing, and sharded training."""
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from test_optim import build, settings
+from test_tools import ROOT, own_surroundings, workshop  # noqa: F401
+
+from revcol_mm import launch
+
+SHARDED = ('runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy')
+
+
+def launch_two(script, *arguments, cwd):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable, PORT=str(port))
+    result = subprocess.run([str(ROOT / 'tools' / script), *map(str, arguments)], cwd=cwd, env=env, capture_output=True,
+                            text=True, timeout=400)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout + result.stderr
+
+
+def test_two_cpu_processes_train_and_test_a_detector(workshop, tmp_path):  # noqa: F811
+    config = workshop / 'detection.py'
+    text = launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--auto-scale-lr', cwd=tmp_path)
+    assert 'Iter(train) [2/2]' in text
+    assert 'current batch size is 4' in text  # 2 images in each of 2 processes
+    text = launch_two('dist_test.sh', config, 'work/iter_2.pth', 2, '--work-dir', 'work', cwd=tmp_path)
+    assert 'coco/segm_mAP: ' in text
+
+
+def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_path):  # noqa: F811
+    config = workshop / 'detection.py'
+    launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--cfg-options', *SHARDED, cwd=tmp_path)
+    text = launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--resume', 'auto', '--cfg-options', *SHARDED,
+                      'train_cfg.max_iters=4', cwd=tmp_path)
+    assert 'Iter(train) [3/4]' in text and 'Iter(train) [2/4]' not in text
+    checkpoint = torch.load(tmp_path / 'work' / 'iter_4.pth', weights_only=True)
+
+    # The shards of a matrix have one dimension, yet it is decayed: the same groups as without sharding.
+    cfg = Config.fromfile(str(config))
+    cfg.model.neck.norm_cfg.type = 'BN'
+    model = MODELS.build(cfg.model)
+    plain = settings(build(model, dict(lr=1e-3), layer_decay_rate=0.9))
+    sharded = {name: group for group in checkpoint['optimizer']['param_groups'] for name in group['params']}
+    assert sharded.keys() == plain.keys()
+    for name, group in sharded.items():
+        assert group['weight_decay'] == plain[name]['weight_decay'], name
+        assert group['lr'] == pytest.approx(plain[name]['lr']), name
+    model.load_state_dict(checkpoint['state_dict'])
+    metrics = launch.test([str(config), str(tmp_path / 'work' / 'iter_4.pth'), '--work-dir', str(tmp_path / 'test')])
+    assert 'coco/bbox_mAP' in metrics
+
+
+def test_the_scripts_say_how_to_call_them():
+    for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh'):
+        result = subprocess.run([str(ROOT / 'tools' / script)], capture_output=True, text=True)
+        assert result.returncode == 1 and f'tools/{script}' in result.stderr
+
+
+def test_a_missing_launcher_environment_is_named(workshop, monkeypatch):  # noqa: F811
+    for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(launch.LaunchError, match='--launcher pytorch: RANK, WORLD_SIZE, MASTER_ADDR .*torchrun'):
+        launch.train([str(workshop / 'detection.py'), '--launcher', 'pytorch'])
