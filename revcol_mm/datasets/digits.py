@@ -32,13 +32,13 @@ BACKGROUND = len(DIGITS)
 _MARK = 'digits.json'
 _MAKER = 'revcol_mm.datasets.digits'
 _ENTRIES = {_MARK, 'annotations', 'train', 'val', 'semantic', 'crops'}
-_FORMAT = 1  # to be raised when the same arguments give other files
+_FORMAT = 2  # to be raised when the same arguments give other files
 
 _SIDES = (28, 64)  # pixels of a digit's longer side
 _OVERLAPPING = 0.25  # share of the digits that may be pasted over others
 _MIN_VISIBLE = 0.6  # of each digit's pixels
 _TRIES = 20  # places tried for one digit before it is left out
-_CROP = 48
+_CROP = 64
 _CROPS_PER_SAMPLE = dict(train=4, val=1)
 
 
@@ -162,8 +162,9 @@ def _write_crops(root: Path, split: str, samples: List[Sample], seed: int) -> No
         folder = root / 'crops' / split / DIGITS[sample.label]
         for copy in range(_CROPS_PER_SAMPLE[split]):
             image = _texture(rng, _CROP)
-            alpha = _enlarge(sample.ink, int(rng.integers(_CROP // 2, _CROP - 2)))
-            top, left = (int(rng.integers(0, _CROP - side + 1)) for side in alpha.shape)
+            alpha = _enlarge(sample.ink, int(rng.integers(_CROP * 3 // 4, _CROP)))
+            margins = [_CROP - side for side in alpha.shape]
+            top, left = (int(rng.integers(margin // 4, margin - margin // 4 + 1)) for margin in margins)  # about the middle
             _blend(rng, image, alpha, top, left)
             _write_image(image.astype(np.uint8), folder / f'{sample.index:04d}_{copy}.jpg')
 
