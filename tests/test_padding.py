@@ -332,13 +332,8 @@ def test_padding_while_loading_is_what_the_tool_does(checkpoint, tmp_path):
     weights = {f'backbone.{key}': value for key, value in revcol().state_dict().items()}
     torch.save(dict(state_dict=weights), tmp_path / 'det.pth')
 
-    def padding():
-        model = RevCol(NANO, kernel_size=7)
-        model.pad_pretrained = True
-        model.register_load_state_dict_pre_hook(pad_on_load)
-        return model
-
-    models = [padding(), padding(), nn.Sequential(OrderedDict(backbone=padding()))]
+    models = [RevCol(NANO, kernel_size=7, pad_pretrained=True) for _ in range(3)]
+    models[2] = nn.Sequential(OrderedDict(backbone=models[2]))
     load_pretrained(models[0], str(checkpoint))
     models[1].load_state_dict(revcol().state_dict())
     load_checkpoint(models[2], str(tmp_path / 'det.pth'), strict=True)

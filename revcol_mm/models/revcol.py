@@ -9,6 +9,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..checkpoint.kernels import pad_on_load
 from .stack import Column, ColumnStack
 
 
@@ -117,6 +118,8 @@ class RevCol(ColumnStack):
         on_drift (str): 'raise' or 'warn' above the threshold. Default: 'raise'.
         with_cp (bool): checkpoint every column with :mod:`torch.utils.checkpoint`: keeps the features of every column, so
             memory still grows with the columns. Excludes ``reversible``, which replaces it. Default: False.
+        pad_pretrained (bool): pad smaller kernels of a checkpoint to ``kernel_size`` while loading it, as
+            ``tools/pad_kernels.py`` does (appendix D.3.1). Default: False, which refuses them.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=path_or_url)`` loads released or own checkpoints,
             whole models too; see :func:`revcol_mm.checkpoint.load_pretrained`. Default: None, truncated normal (std 0.02).
 
@@ -151,6 +154,7 @@ class RevCol(ColumnStack):
                  drift_threshold: Optional[float] = None,
                  on_drift: str = 'raise',
                  with_cp: bool = False,
+                 pad_pretrained: bool = False,
                  init_cfg: Optional[dict] = None) -> None:
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
@@ -171,6 +175,9 @@ class RevCol(ColumnStack):
             for level in self.out_indices:
                 self.add_module(f'norm{level}', _build_out_norm(out_norm_cfg, self.channels[level]))
         self.apply(_init_weights)
+        self.pad_pretrained = pad_pretrained
+        if pad_pretrained:
+            self.register_load_state_dict_pre_hook(pad_on_load)
         self.freeze_stages()
 
     def forward(self, x: Tensor, outputs: Optional[Sequence[Tuple[int, int]]] = None) -> Tuple[Tensor, ...]:

@@ -163,7 +163,7 @@ class ReversibleCall:
                              dtype=torch.get_autocast_dtype(device), cache_enabled=False)
         self.cuda_devices = [x.device] if device == 'cuda' else []
         self.anchors = place_anchors(columns)
-        self.order = {id(column): index for index, column in enumerate(columns)}
+        self.reached = -1
         self.stream: Optional[List[Tensor]] = None
         self.features: Optional[List[Tensor]] = None
         self.dtypes: List[torch.dtype] = []
@@ -291,7 +291,7 @@ class _Column(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         p, gammas, parameters = _split(column, tensors)
         ctx.call, ctx.column, ctx.names = call, column, names
-        ctx.index = call.order[id(column)]
+        call.reached = ctx.index = call.reached + 1
         # Features that come from outside the graph (a frozen column) end the backward pass: kept, to compare with.
         ctx.stops = not any(ctx.needs_input_grad[4:4 + len(p)])
         ctx.anchored = bool(p) and (ctx.stops or ctx.index - 1 in call.anchors)

@@ -1,0 +1,26 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(__file__).parent / 'data'
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def official_shapes() -> dict:
+    """Names and shapes of the released checkpoints, by size."""
+    return json.loads(gzip.decompress((DATA / 'official_state_dict_shapes.json.gz').read_bytes()))
+
+
+@pytest.fixture(params=['revcol_small_reference', 'revcol_huge_small_reference'])
+def reference(request) -> dict:
+    """Inputs, features, loss and gradients of an independent implementation on a small net."""
+    return torch.load(DATA / f'{request.param}.pt', weights_only=True)

@@ -1,0 +1,477 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Reversible training: the gradients of plain autograd, with nothing stored."""
+import copy
+import gc
+import math
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from revcol_mm.models import RevCol
+from revcol_mm.models.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_columns
+
+NARROW = dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=4)
+#: Relative error in the Euclidean norm of the worst parameter. Plain float32 gradients themselves are off by about 1e-6 to
+#: 1e-5 from float64 ones at 4 to 32 columns.
+TOLERANCE = 1e-5
+
+
+def build(arch=NARROW, gamma=0.5, layer_scale=False, seed=0, **kwargs) -> RevCol:
+    """A net in training mode; ``gamma`` is a value, or 'random' for values from [1e-3, 2] with random signs; with
+    ``layer_scale`` that of the blocks is drawn from [0.1, 1], so that F matters."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net = RevCol(arch, **kwargs).train()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            draw = torch.rand(parameter.shape, generator=generator)
+            if 'alpha' in name and gamma == 'random':
+                sign = torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, -1., 1.)
+                parameter.copy_((1e-3 + (2 - 1e-3) * draw) * sign)
+            elif 'alpha' in name:
+                parameter.fill_(gamma)
+            elif name.endswith('.gamma') and layer_scale:
+                parameter.copy_(0.1 + 0.9 * draw)
+    return net
+
+
+def loss_weights(net, image):
+    """Random weights of each output, scaled so that every level counts alike."""
+    with torch.no_grad():
+        features = net.eval()(image)
+    net.train()
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(feature.shape, generator=generator) / feature.std() for feature in features]
+
+
+def gradients(net, image, weights, reversible, dtype=torch.float32, autocast=None) -> dict:
+    """Gradient of every parameter and of the image ('image') for loss Σ feature·weight."""
+    net = copy.deepcopy(net).to(dtype)
+    net.reversible = reversible
+    image = image.to(dtype, copy=True).requires_grad_()
+    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+        features = net(image)
+    sum((feature * weight.to(feature.dtype)).sum() for feature, weight in zip(features, weights)).backward()
+    grads = {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
+    return dict(grads, image=image.grad.double())
+
+
+def worst_error(actual: dict, expected: dict) -> float:
+    assert set(actual) == set(expected)
+    return max(((actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)).item() for name in expected)
+
+
+def compare(net, image, **kwargs) -> float:
+    weights = loss_weights(net, image)
+    return worst_error(gradients(net, image, weights, True, **kwargs), gradients(net, image, weights, False, **kwargs))
+
+
+class TestExact:
+
+    @pytest.mark.parametrize('layer_scale', [False, True])
+    @pytest.mark.parametrize('gamma', [0.5, 'random', 1e-3])
+    @pytest.mark.parametrize('columns', [4, 8, 16, 32])
+    def test_gradients_are_those_of_plain_autograd(self, columns, gamma, layer_scale):
+        net = build(dict(NARROW, num_columns=columns), gamma, layer_scale)
+        assert compare(net, torch.randn(2, 3, 64, 64)) <= TOLERANCE
+
+    @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+    def test_gradients_are_those_of_plain_autograd_at_real_widths(self, arch):
+        assert compare(build(arch, 'random', layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
+
+    @pytest.mark.parametrize('layer_scale', [False, True])
+    def test_at_64_columns_the_error_is_that_of_float32_itself(self, layer_scale):
+        ours, plain = 0., 0.
+        for seed in range(3):  # the worst of 3,000 tensors is a noisy measure: mean of three nets
+            net = build(dict(NARROW, num_columns=64), 0.5, layer_scale, seed)
+            image = torch.randn(2, 3, 48, 48)
+            weights = loss_weights(net, image)
+            exact = gradients(net, image, weights, False, torch.float64)
+            ours += worst_error(gradients(net, image, weights, True), exact)
+            plain += worst_error(gradients(net, image, weights, False), exact)
+        assert ours <= 1.5 * plain
+
+    def test_under_autocast_the_error_is_that_of_plain_autocast(self):
+        net = build(dict(NARROW, num_columns=8), 0.5, layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        weights = loss_weights(net, image)
+        exact = gradients(net, image, weights, False)
+        ours = worst_error(gradients(net, image, weights, True, autocast=torch.bfloat16), exact)
+        plain = worst_error(gradients(net, image, weights, False, autocast=torch.bfloat16), exact)
+        assert ours <= 1.1 * plain
+
+    def test_under_autocast_gradients_are_those_of_autograd_through_the_same_stream(self):
+        net = build(dict(NARROW, num_columns=8), 0.5, layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        weights = loss_weights(net, image)
+        ours = gradients(net, image, weights, True, autocast=torch.bfloat16)
+        stored = copy.deepcopy(net)
+        leaf = image.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            x = stored.stem(leaf.contiguous(memory_format=torch.channels_last)).float()
+            stream = None
+            for column in stored.columns:  # equation 3 with γ·p + F in float64 and every F on its rounding
+                y, y_stream = [], []
+                for index, level in enumerate(column.levels):
+                    f = level(y[-1] if y else x, *(p[j] for j in column.above[index]))
+                    s = f.double() if stream is None else f.double() + column.gammas[index].double() * stream[index]
+                    y_stream.append(s)
+                    y.append(s.float())
+                p, stream = y, y_stream
+        sum((feature * weight).sum() for feature, weight in zip(p, weights)).backward()
+        expected = {name: parameter.grad.double() for name, parameter in stored.named_parameters() if parameter.grad is not None}
+        # The features are the same to the bit. What is left: gradients summed in float64 there, in float32 here, and rounded to
+        # bfloat16 inside of F.
+        assert worst_error(ours, dict(expected, image=leaf.grad.double())) <= 1e-3
+
+    @pytest.mark.parametrize('budget, expected', [(2.**16, set()), (2.**3, {1, 4}), (2., {1, 2, 3, 4, 5, 6})])
+    def test_anchors_bound_the_amplification_between_them(self, budget, expected):
+        assert place_anchors(build(dict(NARROW, num_columns=8)).columns, budget) == expected
+
+    def test_a_pass_without_anchors_is_refused_and_the_same_pass_with_them_is_exact(self, monkeypatch):
+        net = build(dict(NARROW, num_columns=32), 0.5, layer_scale=True, reversible=True)
+        image = torch.randn(2, 3, 64, 64)
+        monkeypatch.setattr('revcol_mm.models.reversible.place_anchors', lambda columns: set())
+        with pytest.raises(ReversibilityError, match='differ'):
+            sum(feature.sum() for feature in net(image)).backward()
+        assert net.drift > 1e-3
+        monkeypatch.undo()
+        sum(feature.sum() for feature in net(image)).backward()
+        assert net.drift < 1e-4
+
+    def test_the_extra_path_of_huge_is_exact(self):
+        assert compare(build(dict(NARROW, deep_to_shallow=True), 'random', layer_scale=True),
+                       torch.randn(2, 3, 65, 47)) <= TOLERANCE
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that came into being under this mode and still live, and their peak."""
+
+    def __init__(self, ignore) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in ignore}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage._cdata)
+        return result
+
+    def _free(self, key) -> None:
+        self.now -= self.known.pop(key)
+
+
+def live_bytes(arch, columns, reversible):
+    """(bytes alive between forward and backward, peak of the step), without parameters and their gradients."""
+    sizes = RevCol.ARCHS[arch]
+    net = RevCol(dict(channels=sizes['channels'], depths=sizes['depths'], num_columns=columns), reversible=reversible).train()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    image = torch.randn(1, 3, 128, 128)
+    with _LiveBytes([tensor for parameter in net.parameters() for tensor in (parameter, parameter.grad)]) as live:
+        loss = sum(feature.sum() for feature in net(image))
+        gc.collect()
+        kept = live.now
+        loss.backward()
+    return kept, live.peak
+
+
+class TestConstantMemory:
+
+    @pytest.mark.parametrize('arch', ['tiny', 'base'])  # S has T's widths and depths
+    def test_memory_does_not_grow_with_the_columns(self, arch):
+        columns = (4, 8, 16, 32)
+        # A plain step is linear in the columns to the byte, so that two points give its slope.
+        plain = [live_bytes(arch, count, False) for count in columns[:2]]
+        ours = [live_bytes(arch, count, True) for count in columns]
+        for what, index in (('between forward and backward', 0), ('at the peak', 1)):
+            slope = (plain[1][index] - plain[0][index]) / (columns[1] - columns[0])
+            assert slope > 0
+            for count, point in zip(columns[1:], ours[1:]):
+                growth = (point[index] - ours[0][index]) / (count - columns[0])
+                assert growth <= 0.01 * slope, (what, count)
+
+
+class _Drop(nn.Module):
+    """A level with BatchNorm and dropout: random, and with a state."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, below, *above):
+        return nn.functional.dropout(self.norm(self.linear(below + sum(above))), 0.5, self.training)
+
+
+class TestComplete:
+
+    def test_drop_path_is_replayed(self):
+        net = build(drop_path_rate=0.5, layer_scale=True)
+        image = torch.randn(4, 3, 64, 64)
+        weights = loss_weights(net, image)
+        results = []
+        for reversible in (True, False):
+            torch.manual_seed(5)
+            results.append(gradients(net, image, weights, reversible))
+            after = torch.rand(1)
+        assert worst_error(*results) <= TOLERANCE
+        torch.manual_seed(5)
+        gradients(net, image, weights, True)
+        assert torch.equal(torch.rand(1), after), 'replaying must not disturb the random numbers that follow'
+
+    def test_random_state_is_kept_only_where_something_is_random(self):
+        for rate, kept in ((0., False), (0.5, True)):
+            net = build(drop_path_rate=rate, reversible=True)
+            features = net(torch.randn(1, 3, 64, 64))
+            node = features[0].grad_fn.next_functions[2][0]  # the last column's; before it: the call, the stem's output
+            assert any(state is not None for state in node.rng) == kept
+
+    def test_dropout_is_replayed_and_batch_norm_updated_once(self):
+        results = []
+        for reversible in (True, False):
+            torch.manual_seed(0)
+            columns = [ReversibleColumn([_Drop(4), _Drop(4)], [(1, 4, 1, 1)] * 2, [(1, ), ()], first=index == 0)
+                       for index in range(3)]
+            x = torch.randn(2, 4, 8, 8, requires_grad=True)
+            torch.manual_seed(1)
+            if reversible:
+                y = run_columns(columns, x)
+            else:
+                y = None
+                for column in columns:
+                    y = column(x, y)
+            sum(feature.square().sum() for feature in y).backward()
+            grads = {f'{index}.{name}': parameter.grad for index, column in enumerate(columns)
+                     for name, parameter in column.named_parameters() if parameter.grad is not None}
+            results.append((dict(grads, x=x.grad), nn.ModuleList(columns).state_dict()))
+        # A convolution's bias before BatchNorm has no gradient but rounding noise.
+        keys = [key for key in results[1][0] if not key.endswith('linear.bias')]
+        assert worst_error(*({key: grads[key] for key in keys} for grads, _ in results)) <= TOLERANCE
+        for name, value in results[1][1].items():
+            assert torch.allclose(results[0][1][name], value, rtol=1e-5, atol=1e-7), name
+
+    @pytest.mark.parametrize('frozen_stages', [0, 1, 3])
+    def test_frozen_columns(self, frozen_stages):
+        net = build(frozen_stages=frozen_stages, layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        weights = loss_weights(net, image)
+        results = []
+        for reversible in (True, False):
+            ours = copy.deepcopy(net)
+            ours.reversible = reversible
+            sum((feature * weight).sum() for feature, weight in zip(ours(image), weights)).backward()
+            results.append({name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None})
+            if reversible:
+                assert ours.drift < 1e-6, 'the features of the last frozen column must be compared with the rebuilt ones'
+        assert worst_error(*results) <= TOLERANCE
+
+    def test_frozen_parameters(self):
+        net = build(layer_scale=True)
+        net.subnet2.level1.requires_grad_(False)
+        net.subnet1.alpha2.requires_grad_(False)
+        assert compare(net, torch.randn(2, 3, 64, 64)) <= TOLERANCE
+
+    def test_an_image_without_gradient(self):
+        net = build(reversible=True)
+        sum(feature.sum() for feature in net(torch.randn(1, 3, 64, 64))).backward()
+        assert net.stem[0].weight.grad is not None
+
+    @pytest.mark.parametrize('used', [(0, ), (2, ), (3, ), (0, 2)])
+    def test_only_some_outputs_in_the_loss(self, used):
+        net = build(layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        results = []
+        for out_indices in (used, (0, 1, 2, 3)):
+            for reversible in (True, False):
+                ours = copy.deepcopy(net)
+                ours.reversible, ours.out_indices = reversible, out_indices
+                features = dict(zip(out_indices, ours(image)))
+                sum(features[index].square().sum() for index in used).backward()
+                results.append({name: parameter.grad for name, parameter in ours.named_parameters()
+                                if parameter.grad is not None and parameter.grad.abs().max() > 0})
+        for result in results[:-1]:
+            assert worst_error(result, results[-1]) <= TOLERANCE
+
+    def test_inner_outputs_alone(self):
+        net = build(layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        results = []
+        for reversible in (True, False):
+            net.reversible = reversible
+            inner, _ = net(image, outputs=[(1, 3), (3, 3)])
+            wanted = [net.stem[0].weight, net.subnet1.level3.blocks[0].dwconv.weight]
+            results.append(dict(enumerate(torch.autograd.grad(inner.square().sum(), wanted))))
+        assert worst_error(*results) <= TOLERANCE
+
+    def test_autograd_grad(self):
+        net = build(layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        wanted = [net.subnet3.level0.blocks[0].gamma, net.subnet2.alpha1]
+        results = []
+        for reversible in (True, False):
+            net.reversible = reversible
+            loss = sum(feature.square().sum() for feature in net(image))
+            results.append(dict(enumerate(torch.autograd.grad(loss, wanted))))
+        assert worst_error(*results) <= TOLERANCE
+        assert all(parameter.grad is None for parameter in net.parameters())
+
+    def test_gradient_accumulation_and_loss_scaling(self):
+        results = []
+        for reversible in (True, False):
+            net = build(layer_scale=True, reversible=reversible)
+            scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+            for seed in (0, 1):
+                image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+                scaler.scale(sum(feature.square().mean() for feature in net(image))).backward()
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+            scaler.unscale_(optimizer)
+            results.append({name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None})
+        assert worst_error(*results) <= TOLERANCE
+
+    def test_overflow_is_left_to_the_loss_scaler(self):
+        net = build(reversible=True)
+        sum(feature.sum() for feature in net(torch.full((1, 3, 64, 64), math.inf))).backward()
+        assert math.isnan(net.drift)
+
+    def test_two_forwards_before_one_backward(self):
+        images = [torch.randn(2, 3, 64, 64) for _ in range(2)]
+        results = []
+        for reversible in (True, False):
+            net = build(layer_scale=True, reversible=reversible)
+            losses = [sum(feature.square().sum() for feature in net(image)) for image in images]
+            losses[0].backward()
+            losses[1].backward()
+            results.append({name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None})
+        assert worst_error(*results) <= TOLERANCE
+
+    def test_a_second_backward_is_right_when_retained_and_refused_when_not(self):
+        net = build(layer_scale=True, reversible=True)
+        loss = sum(feature.square().sum() for feature in net(torch.randn(1, 3, 64, 64)))
+        loss.backward(retain_graph=True)
+        once = {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None}
+        loss.backward()
+        assert all(torch.equal(dict(net.named_parameters())[name].grad, 2 * grad) for name, grad in once.items())
+        with pytest.raises(RuntimeError, match='second time'):
+            loss.backward()
+
+    def test_double_backward_is_refused(self):
+        net = build(reversible=True)
+        loss = sum(feature.sum() for feature in net(torch.randn(1, 3, 64, 64)))
+        with pytest.raises(RuntimeError, match='reversible=False'):
+            torch.autograd.grad(loss, net.stem[0].weight, create_graph=True)
+
+    def test_no_grad_and_eval_take_the_plain_path(self):
+        net, plain = build(reversible=True), build()
+        image = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(net(image), plain(image)))
+        net.eval(), plain.eval()
+        image.requires_grad_()
+        grads = [torch.autograd.grad(sum(feature.sum() for feature in module(image)), image)[0] for module in (net, plain)]
+        assert torch.equal(*grads)
+
+    def test_parameter_hooks_fire_once(self):
+        net = build(reversible=True)
+        calls = []
+        net.subnet2.level1.blocks[0].pwconv1.weight.register_hook(lambda grad: calls.append('tensor') or 3 * grad)
+        net.subnet2.level1.blocks[0].pwconv1.weight.register_post_accumulate_grad_hook(lambda _: calls.append('accumulated'))
+        plain = build()
+        image = torch.randn(1, 3, 64, 64)
+        for module in (net, plain):
+            sum(feature.square().sum() for feature in module(image)).backward()
+        assert calls == ['tensor', 'accumulated']
+        ours, theirs = (module.subnet2.level1.blocks[0].pwconv1.weight.grad for module in (net, plain))
+        assert torch.allclose(ours, 3 * theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+    def test_copies_train_on_their_own(self):
+        net = build(reversible=True)
+        image = torch.randn(1, 3, 64, 64)
+        loss = sum(feature.sum() for feature in net(image))
+        twin = copy.deepcopy(net)
+        sum(feature.sum() for feature in twin(image)).backward()
+        assert all(parameter.grad is None for parameter in net.parameters())
+        loss.backward()
+        assert torch.equal(net.stem[0].weight.grad, twin.stem[0].weight.grad)
+
+    def test_a_parameter_changed_before_the_backward_pass_is_refused(self):
+        net = build(reversible=True)
+        loss = sum(feature.sum() for feature in net(torch.randn(1, 3, 64, 64)))
+        with torch.no_grad():
+            net.subnet2.level0.blocks[0].pwconv1.weight.add_(1.)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
+
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+    def test_a_model_of_another_dtype(self, dtype):
+        net = build(reversible=True).to(dtype)
+        features = net(torch.randn(1, 3, 64, 64, dtype=dtype))
+        assert all(feature.dtype == dtype for feature in features)
+        sum(feature.float().sum() for feature in features).backward()
+        assert net.drift < 1e-6 and net.stem[0].weight.grad.isfinite().all()
+
+    def test_outputs_have_the_dtype_of_the_plain_path(self):
+        image = torch.randn(1, 3, 64, 64)
+        with torch.autocast('cpu', torch.bfloat16):
+            for ours, plain in zip(build(reversible=True)(image), build()(image)):
+                assert ours.dtype == plain.dtype and ours.is_contiguous()
+
+    def test_outputs_may_be_changed_in_place(self):
+        net = build(reversible=True)
+        sum(nn.functional.relu(feature, inplace=True).sum() for feature in net(torch.randn(1, 3, 64, 64))).backward()
+        assert net.drift < 1e-6
+
+
+class _Fickle(nn.Module):
+    """An F that is not the same the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.calls = 0
+
+    def forward(self, below, *above):
+        self.calls += 1
+        return (below + sum(above)) * self.weight + 0.1 * self.calls
+
+
+class TestSelfChecking:
+
+    @pytest.mark.parametrize('position', [0, 1, 2])
+    def test_wrong_features_raise(self, position):
+        columns = [ReversibleColumn([_Fickle() if index == position else nn.Conv2d(4, 4, 1)], [(1, 4, 1, 1)], [()],
+                                    first=index == 0) for index in range(3)]
+        y, = run_columns(columns, torch.randn(1, 4, 8, 8, requires_grad=True))
+        with pytest.raises(ReversibilityError, match='threshold'):
+            y.sum().backward()
+
+    def test_wrong_features_below_a_frozen_column_raise(self):
+        frozen = ReversibleColumn([nn.Conv2d(4, 4, 1)], [(1, 4, 1, 1)], [()], first=True).requires_grad_(False)
+        x = torch.randn(1, 4, 8, 8)
+        y, = run_columns([ReversibleColumn([_Fickle()], [(1, 4, 1, 1)], [()])], x, frozen(x, None))
+        with pytest.raises(ReversibilityError):
+            y.sum().backward()
+
+    def test_warns_where_asked_and_lets_a_large_threshold_pass(self):
+        for kwargs, expected in ((dict(on_drift='warn'), True), (dict(drift_threshold=1e9), False)):
+            net = build(dict(NARROW, num_columns=32), reversible=True, **kwargs)
+            fickle = net.subnet0.level3.blocks[0]
+            original, calls = fickle.forward, []
+            fickle.forward = lambda x: original(x) * (1 + len(calls) + 0 * (calls.append(1) or 0))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
+                sum(feature.sum() for feature in net(torch.randn(1, 3, 64, 64))).backward()
+            assert any('gradients of this step are wrong' in str(w.message) for w in caught) == expected
+            assert net.drift > 0.1
