@@ -1,6 +1,8 @@
 # RevCol-H with kernels padded to 7x7 (appendix D.3.1), first step of the paper's best detector: DINO on Objects365 v2. The
-# second, dino_revcol_h.py, is COCO. The weights are not public: `checkpoint` is where your own are expected, padded by
-#   python tools/pad_kernels.py checkpoints/revcol_huge.pth --size 7
+# second, dino_revcol_h.py, is COCO.
+# Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
+# the authors' own; `checkpoint` is where they are expected, padded by
+#   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 7
 #
 # What the paper leaves open, and the choice here: 12 epochs, mmdet's short schedule, at twice the batch, since Objects365 v2
 # has fifteen times the images of COCO; layer decay as in RevCol-H's ImageNet fine-tuning, drop path as RevCol-L's detectors.
@@ -8,7 +10,7 @@ _base_ = '_base_/dino_revcol.py'
 
 model = dict(
     backbone=dict(
-        arch='huge', kernel_size=7, drop_path_rate=0.5, init_cfg=dict(checkpoint='checkpoints/revcol_huge_k7.pth')),
+        arch='huge', kernel_size=7, drop_path_rate=0.5, init_cfg=dict(checkpoint='checkpoints/revcol_huge_megdata_k7.pth')),
     neck=dict(in_channels=[360, 720, 1440, 2880]),
     bbox_head=dict(num_classes=365))
 

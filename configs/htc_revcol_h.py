@@ -1,7 +1,9 @@
 # HTC++ as the Swin paper uses it, on RevCol-H with kernels padded to 7x7 (appendix D.3.1): HTC with the semantic branch, box
 # heads of 4 convolutions and 1 linear layer, GIoU loss, short sides of 400 to 1400 pixels, 72 epochs, soft-NMS, and a
-# multi-scale test (tools/test.py … --tta). The weights are not public: `checkpoint` is where your own are expected, padded by
-#   python tools/pad_kernels.py checkpoints/revcol_huge.pth --size 7
+# multi-scale test (tools/test.py … --tta).
+# Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
+# the authors' own; `checkpoint` is where they are expected, padded by
+#   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 7
 # The semantic branch needs COCO-stuff's maps in data/coco/stuffthingmaps/.
 #
 # What the paper leaves open, and the choice here:
@@ -25,7 +27,7 @@ model = dict(
         kernel_size=7,
         drop_path_rate=0.5,
         reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/revcol_huge_k7.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/revcol_huge_megdata_k7.pth')),
     neck=dict(in_channels=[360, 720, 1440, 2880]),
     roi_head=dict(
         bbox_head=[

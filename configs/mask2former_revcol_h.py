@@ -1,6 +1,7 @@
-# RevCol-H with kernels padded to 13x13 (appendix D.3.1) and a widened Mask2Former head. The weights are not public:
-# `checkpoint` is where your own are expected, padded by
-#   python tools/pad_kernels.py checkpoints/revcol_huge.pth --size 13
+# RevCol-H with kernels padded to 13x13 (appendix D.3.1) and a widened Mask2Former head.
+# Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
+# the authors' own; `checkpoint` is where they are expected, padded by
+#   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 13
 # The paper prints 2439M parameters and no settings. The backbone has 2175M with these kernels, which leaves 264M for a head
 # whose standard form has some 20M. Here it is widened as others do behind huge backbones: 1024 channels throughout (pixel
 # decoder, queries, transformer decoder), 32 heads, 200 queries, FFNs of 4096 in the pixel decoder (four times the width, as in
@@ -10,7 +11,7 @@ _base_ = '_base_/mask2former_revcol_640.py'
 
 width = 1024
 model = dict(
-    backbone=dict(arch='huge', kernel_size=13, init_cfg=dict(checkpoint='checkpoints/revcol_huge_k13.pth')),
+    backbone=dict(arch='huge', kernel_size=13, init_cfg=dict(checkpoint='checkpoints/revcol_huge_megdata_k13.pth')),
     decode_head=dict(
         in_channels=[360, 720, 1440, 2880],
         feat_channels=width,
