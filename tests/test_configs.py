@@ -22,7 +22,7 @@ RELEASE = 'https://github.com/megvii-research/RevCol/releases/download/checkpoin
 #: What holds a number of channels in a model's config.
 WIDTHS = ('channels', 'in_channels', 'out_channels', 'feat_channels', 'conv_out_channels', 'fc_out_channels', 'embed_dims',
           'feedforward_channels', 'num_feats')
-SHRINK, COLUMNS = 8, 3
+SHRINK, COLUMNS = 8, 4  # intermediate supervision wants columns in fours
 
 
 def load(name: str) -> Config:
@@ -30,7 +30,7 @@ def load(name: str) -> Config:
 
 
 def narrow(cfg: Config) -> Config:
-    """The one rule: an eighth of every width, and the first three columns; kernels, blocks, paths and heads as they are.
+    """The one rule: an eighth of every width, and four columns; kernels, blocks, paths and heads as they are.
 
     DINO's transformer keeps its width: mmdet's position encoding of the decoder is written for 256 channels.
     """
@@ -64,6 +64,8 @@ def build(cfg: Config, crop: int = 64) -> nn.Module:
         cfg.model.data_preprocessor.size = (crop, crop)
         if cfg.model.test_cfg.mode == 'slide':
             cfg.model.test_cfg.update(crop_size=(crop, crop), stride=(crop * 2 // 3, crop * 2 // 3))
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)  # as mmengine's runner does
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
         model.init_weights()
