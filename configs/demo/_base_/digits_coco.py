@@ -19,6 +19,7 @@ digits_train_pipeline = [
 ]
 digits_test_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(128, 128), keep_ratio=True),  # changes nothing, but predictions are scaled back by its factor
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
 ]
@@ -51,3 +52,20 @@ digits_val_dataloader = dict(
         pipeline=digits_test_pipeline))
 digits_evaluator = dict(
     _delete_=True, type='CocoMetric', ann_file=digits_root + 'annotations/instances_val.json', metric=['bbox', 'segm'])
+
+digits_optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    constructor='LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(layer_decay_rate=1.0),
+    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    clip_grad=dict(max_norm=10))
+
+digits_max_iters = 300
+digits_train_cfg = dict(
+    _delete_=True, type='IterBasedTrainLoop', max_iters=digits_max_iters, val_interval=digits_max_iters)
+digits_param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=50, end=digits_max_iters)
+]
+digits_default_hooks = dict(checkpoint=dict(by_epoch=False, interval=digits_max_iters, max_keep_ckpts=1))
