@@ -1,0 +1,64 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Predicts on images: pictures with what was found, and JSON in COCO's format.
+
+    python tools/infer.py CONFIG CHECKPOINT photo.jpg folder 'more/**/*.png' --out predictions
+
+Exit status: 0 when all images were predicted; 3 when some were left out, each with a line that says why; 1 when nothing was.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+from mmengine.config import DictAction
+from rich.console import Console
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.inference import Numbering, build_inferencer, find_images, predict  # noqa: E402
+from revcol_mm.launch import load_config, plain_errors  # noqa: E402
+
+SOME_LEFT_OUT = 3
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Predict on images with a detector, a segmentor or a classifier')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder for images.json, predictions.json, pictures (vis/) '
+                        'and, in segmentation, label maps (maps/)')
+    parser.add_argument('--ann-file', metavar='FILE', help='COCO annotations whose ids of images and categories to use; '
+                        'default: images are counted from 1, and a category is the number of its class, from 0')
+    parser.add_argument('--score-thr', type=float, default=0.3, help="least score in a detector's pictures, not in the JSON; "
+                        'default: 0.3')
+    parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
+    parser.add_argument('--deploy', action='store_true', help='fold the backbone first (RevCol.switch_to_deploy)')
+    parser.add_argument('--device', help='default: a GPU if there is one')
+    parser.add_argument('--force', action='store_true', help="replace an earlier run's files")
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings that replace those of the config')
+    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    cfg = load_config(args)
+    paths = find_images(args.images)
+    inferencer = build_inferencer(cfg, args.checkpoint, args.device, args.deploy)
+    numbering = Numbering.from_annotations(args.ann_file, inferencer.classes or ()) if args.ann_file else None
+    console = Console(stderr=True)
+    summary = predict(inferencer, paths, args.out, not args.no_pictures, args.score_thr, numbering, args.force,
+                      lambda images: track(images, 'Inference', console=console))
+    for path, reason in summary.skipped.items():
+        print(f'left out: {path}: {reason}', file=sys.stderr)
+    print(f'{summary.images} of {len(paths)} images, {summary.results} results: {args.out}')
+    if summary.skipped:
+        sys.exit(SOME_LEFT_OUT if summary.images else 1)
+
+
+if __name__ == '__main__':
+    with plain_errors():
+        main()
