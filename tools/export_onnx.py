@@ -1,0 +1,64 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Exports a model's RevCol backbone to ONNX, with free batch size, height and width, and checks it in onnxruntime.
+
+    python tools/export_onnx.py CONFIG CHECKPOINT --out backbone.onnx
+"""
+import argparse
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import List, Optional
+
+from mmengine.config import DictAction
+from mmengine.registry import MODELS, DefaultScope
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.export import SIZES, export_onnx  # noqa: E402
+from revcol_mm.inference import load_weights  # noqa: E402
+from revcol_mm.launch import LaunchError, check_checkpoint, load_config, plain_errors  # noqa: E402
+from revcol_mm.models import RevCol  # noqa: E402
+
+
+def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Export the RevCol backbone of a model to ONNX')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
+    parser.add_argument('--out', required=True, metavar='FILE', help='file.onnx')
+    parser.add_argument('--opset', type=int, default=17, help='version of the operators, from 17; default: 17')
+    parser.add_argument('--check', type=int, nargs=2, action='append', metavar=('H', 'W'), help='size of an image to check at; '
+                        f'several times for several. Default: {", ".join(f"{h} {w}" for h, w in SIZES)}')
+    parser.add_argument('--force', action='store_true', help='replace an output that exists')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='settings that replace those of the config')
+    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
+    cfg = load_config(args)
+    check_checkpoint(args.checkpoint, 'the command line')
+    if cfg.get('data_preprocessor') and 'data_preprocessor' not in cfg.model:  # as mmpretrain's runner does
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # what heads say about their losses matters for training
+        model = MODELS.build(cfg.model)
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, RevCol):
+        raise LaunchError(f'{args.config} has the backbone {type(backbone).__name__}; only RevCol can be exported')
+    load_weights(model, args.checkpoint)
+    try:
+        deviations = export_onnx(backbone, args.out, args.check or SIZES, args.opset, args.force)
+    except (ValueError, RuntimeError) as error:
+        raise LaunchError(str(error)) from error
+    for (height, width), deviation in deviations.items():
+        print(f'{height}×{width}: onnxruntime and torch differ by {deviation:.1e} of the largest value')
+    print(f'written: {args.out}')
+
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleared away
+    with plain_errors():
+        main()
