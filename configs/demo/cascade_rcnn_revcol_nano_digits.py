@@ -32,6 +32,7 @@ val_evaluator = _base_.digits_evaluator
 test_evaluator = val_evaluator
 
 optim_wrapper = _base_.digits_optim_wrapper
+optim_wrapper.optimizer.lr = 2e-3
 param_scheduler = _base_.digits_param_scheduler
 train_cfg = _base_.digits_train_cfg
 default_hooks = _base_.digits_default_hooks

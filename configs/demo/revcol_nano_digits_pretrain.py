@@ -15,14 +15,23 @@ model = dict(
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes=10, in_channels=128, topk=(1, )))
 
+# Detectors find digits anywhere: the crops are moved by up to a quarter of their size.
+move = dict(
+    type='Translate', prob=1., pad_val=(175, 175, 175), magnitude_range=(0, 0.25), magnitude_level=10, magnitude_std='inf',
+    total_level=10, random_negative_prob=0.5)
 pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
-train_dataloader = dict(dataset=dict(pipeline=pipeline))
+train_dataloader = dict(
+    dataset=dict(
+        pipeline=[
+            pipeline[0], dict(move, direction='horizontal'), dict(move, direction='vertical'), pipeline[1]
+        ]))
 val_dataloader = dict(dataset=dict(pipeline=pipeline))
+del move
 test_dataloader = val_dataloader
 val_evaluator = dict(_delete_=True, type='Accuracy', topk=1)
 test_evaluator = val_evaluator
 
-max_epochs = 3
+max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=4e-3))
 param_scheduler = [

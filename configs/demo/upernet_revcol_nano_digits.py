@@ -5,13 +5,14 @@ custom_imports = dict(
     imports=['revcol_mm', 'revcol_mm.segmentation', 'revcol_mm.datasets.iou'], allow_failed_imports=False)
 
 norm = dict(type='BN')
+loss = dict(class_weight=[1.0] * 10 + [0.1])  # seven pixels in eight are background
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     backbone=_base_.digits_backbone,
-    decode_head=dict(in_channels=[16, 32, 64, 128], channels=32, num_classes=11, norm_cfg=norm),
-    auxiliary_head=dict(in_channels=64, channels=32, num_classes=11, norm_cfg=norm),
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=32, num_classes=11, norm_cfg=norm, loss_decode=loss),
+    auxiliary_head=dict(in_channels=64, channels=32, num_classes=11, norm_cfg=norm, loss_decode=loss),
     test_cfg=dict(_delete_=True, mode='whole'))
-del norm
+del norm, loss
 
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader
@@ -20,8 +21,10 @@ val_evaluator = _base_.digits_evaluator
 test_evaluator = val_evaluator
 
 optim_wrapper = _base_.digits_optim_wrapper
+max_iters = 900
 param_scheduler = _base_.digits_param_scheduler
-train_cfg = _base_.digits_train_cfg
+param_scheduler[1].end = max_iters
+train_cfg = dict(_base_.digits_train_cfg, max_iters=max_iters, val_interval=max_iters)
 default_hooks = dict(
-    checkpoint=_base_.digits_default_hooks.checkpoint,
+    checkpoint=dict(_base_.digits_default_hooks.checkpoint, interval=max_iters),
     visualization=dict(interval=1))  # draws every image of a test, not one batch in 50
