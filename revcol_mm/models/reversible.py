@@ -146,7 +146,8 @@ class ReversibleCall:
     """The state of one reversible forward pass and of its backward pass. Two passes never share one.
 
     ``stream`` is the float64 stream of the column that the pass has reached, ``features`` its rounding to the working
-    precision, ``x`` the stem's output (in the backward pass only).
+    precision, ``x`` the stem's output (in the backward pass only), ``grad_stream`` what the shortcuts of the column after it
+    have handed down: the stream's gradient, in float64 like the stream, while what F hands down goes through autograd.
     """
 
     def __init__(self, columns: Sequence[ReversibleColumn], x: Tensor, monitor: 'DriftMonitor',
@@ -170,6 +171,7 @@ class ReversibleCall:
         self.features: Optional[List[Tensor]] = None
         self.dtypes: List[torch.dtype] = []
         self.x: Optional[Tensor] = None
+        self.grad_stream: List[Optional[Tensor]] = []
         self.drifts: List[Tensor] = []
 
     def apply(self, column: ReversibleColumn, x: Tensor, p: Optional[Sequence[Tensor]]) -> Tuple[Tensor, ...]:
@@ -344,9 +346,10 @@ class _Column(torch.autograd.Function):
         p: List[Optional[Tensor]] = [kept.to(dtype) for kept, dtype in zip(anchor, call.dtypes)] or [None] * levels
         p_stream: List[Optional[Tensor]] = [None] * levels
         end = count
+        grad_shortcut: List[Optional[Tensor]] = [None] * levels
         for index in reversed(range(levels)):
             start = end - len(ctx.names[index])
-            grad = grad_y[index]
+            grad = _add(call.grad_stream[index], grad_y[index])
             if not coupled and grad is None:  # nobody needs this level: it is neither rebuilt nor differentiated
                 end = start
                 continue
@@ -379,12 +382,17 @@ class _Column(torch.autograd.Function):
                 grad_parameters[start:end] = results[1 + len(above):]
                 if coupled:
                     if need_p[index]:
-                        grad_p[index] = _add(grad_p[index], gamma.to(grad.dtype) * grad)
+                        grad_shortcut[index] = gamma.double() * grad
                     if need_gamma[index]:
-                        grad_gamma[index] = (grad * p[index]).sum_to_size(gamma.shape).to(gamma.dtype)
+                        grad_gamma[index] = (grad.to(p[index].dtype) * p[index]).sum_to_size(gamma.shape).to(gamma.dtype)
             del f, leaves
             end = start
 
+        if ctx.index:
+            call.grad_stream = grad_shortcut
+        else:  # p came from outside, where there is no stream
+            totals = [_add(shortcut, grad) for shortcut, grad in zip(grad_shortcut, grad_p)]
+            grad_p = [total if total is None else total.to(dtype) for total, dtype in zip(totals, call.dtypes)]
         ends = not coupled or ctx.stops
         call.stream, call.features = (None, None) if ends else (p_stream, p)
         if ends and call.drifts:
@@ -409,7 +417,7 @@ class _Outputs(torch.autograd.Function):
         call = ctx.call
         call.x, *call.stream = ctx.saved_tensors
         call.features = [stream.to(dtype) for stream, dtype in zip(call.stream, call.dtypes)]
-        call.drifts = []
+        call.grad_stream, call.drifts = [None] * len(call.stream), []
         return (None, None, *grads)
 
 
