@@ -19,7 +19,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
-from revcol_mm.checkpoint import CheckpointError, files, load_pretrained, pad_checkpoint, pad_on_load, read_checkpoint
+from revcol_mm.checkpoint import CheckpointError, files, load_pretrained, pad_checkpoint, read_checkpoint
 from revcol_mm.models import RevCol
 
 NANO = dict(channels=[4, 6, 8, 10], depths=[1, 1, 1, 1], num_columns=2)

@@ -1,5 +1,5 @@
-# Fine-tuning of ImageNet-22K weights on ImageNet-1K at 384x384: what the sizes share. Classifiers and decoders of the checkpoint are
-# left behind, and a new classifier starts from almost zero.
+# Fine-tuning of ImageNet-22K weights on ImageNet-1K at 384x384: what the sizes share. Classifiers and decoders of the
+# checkpoint are left behind, and a new classifier starts from almost zero.
 _base_ = ['mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py', 'mmpretrain::_base_/default_runtime.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.classification'], allow_failed_imports=False)

@@ -1,5 +1,5 @@
-# Pre-training for the demo, less than a minute of it: the backbone of the detectors learns to tell single digits apart, from the
-# training half of the handwriting. The detector gets it as `load_from`.
+# Pre-training for the demo, less than a minute of it: the backbone of the detectors learns to tell single digits apart, from
+# the training half of the handwriting. The detector gets it as `load_from`.
 _base_ = 'revcol_nano_digits_cls.py'
 
 model = dict(

@@ -30,6 +30,8 @@ from torch.func import functional_call
 
 #: Smallest |γ|: below it the inverse of a column would amplify without bound.
 MIN_GAMMA = 1e-3
+#: Of the additive stream and its gradient.
+STREAM_DTYPE = torch.float64
 #: Largest product of 1/|γ| along the columns that are rebuilt from one anchor. Not float64's 2^52: once the drift flips one
 #: float32 rounding of an input of F, an error of 2^-24 enters, and the columns that remain amplify it.
 ANCHOR_BUDGET = 2.0**16
@@ -165,7 +167,7 @@ class ReversibleCall:
         self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
                              dtype=torch.get_autocast_dtype(device), cache_enabled=False)
         self.cuda_devices = [x.device] if device == 'cuda' else []
-        self.anchors = place_anchors(columns)
+        self.anchors = place_anchors(columns, ANCHOR_BUDGET)
         self.reached = -1
         self.stream: Optional[List[Tensor]] = None
         self.features: Optional[List[Tensor]] = None
@@ -224,7 +226,7 @@ class DriftMonitor:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def place_anchors(columns: Sequence[ReversibleColumn], budget: float = ANCHOR_BUDGET) -> set:
+def place_anchors(columns: Sequence[ReversibleColumn], budget: float) -> set:
     """Indices of the columns whose features must be kept, for the γ of this moment.
 
     Going back from the last column, column i multiplies an error by up to 1/min|γ|; where the product since the last
@@ -299,7 +301,7 @@ class _Column(torch.autograd.Function):
         # Features that come from outside the graph (a frozen column) end the backward pass: kept, to compare with.
         ctx.stops = not any(ctx.needs_input_grad[4:4 + len(p)])
         ctx.anchored = bool(p) and (ctx.stops or ctx.index - 1 in call.anchors)
-        stream = call.stream if call.stream is not None else [feature.double() for feature in p]
+        stream = call.stream if call.stream is not None else [feature.to(STREAM_DTYPE) for feature in p]
         rng: List[Optional[tuple]] = []
         y_stream: List[Tensor] = []
         y: List[Tensor] = []
@@ -314,7 +316,7 @@ class _Column(torch.autograd.Function):
                     f = couple(f, keep_invertible(gammas[index]), stream[index])
                 feature = f.to(feature_dtype)
                 y.append(feature)
-                y_stream.append(f.double())
+                y_stream.append(f.to(STREAM_DTYPE))
         call.stream, call.dtypes = y_stream, [feature.dtype for feature in y]
         ctx.rng = rng
         # The stream itself, not its rounding: of that, the column before could not be rebuilt.
@@ -364,7 +366,7 @@ class _Column(torch.autograd.Function):
                 rebuilt = uncouple(y_stream[index], value, gamma)
                 if anchor:
                     call.drifts.append(_deviation(rebuilt, anchor[index]))
-                    p_stream[index] = anchor[index].double()
+                    p_stream[index] = anchor[index].to(STREAM_DTYPE)
                 else:
                     p_stream[index] = rebuilt
                     p[index] = rebuilt.to(call.dtypes[index])
@@ -382,7 +384,7 @@ class _Column(torch.autograd.Function):
                 grad_parameters[start:end] = results[1 + len(above):]
                 if coupled:
                     if need_p[index]:
-                        grad_shortcut[index] = gamma.double() * grad
+                        grad_shortcut[index] = gamma.to(STREAM_DTYPE) * grad
                     if need_gamma[index]:
                         grad_gamma[index] = (grad.to(p[index].dtype) * p[index]).sum_to_size(gamma.shape).to(gamma.dtype)
             del f, leaves

@@ -1,0 +1,245 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Memory, time and exactness of the ways to train a RevCol backbone, as ratios taken in one run.
+
+    python benchmarks/reversible.py                      # the CPU set: some minutes on two cores
+    python benchmarks/reversible.py --device cuda        # T, S, B at 512² and 800×1344, float32 and autocast; RevCol-H at 640²
+
+Ways: plain autograd; ``torch.utils.checkpoint`` around each column (``with_cp``); the naive inverse, whose stream is float32
+and has no anchors; ours. Writes JSON with the device's name, and a plot, to ``benchmarks/results/``.
+"""
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.progress import track
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from revcol_mm.models import RevCol  # noqa: E402
+
+RESULTS = Path(__file__).parent / 'results'
+WAYS = ('plain', 'checkpoint', 'naive', 'reversible')
+LABELS = dict(plain='plain autograd', checkpoint='checkpoint per column', naive='naive float32 inverse',
+              reversible='reversible')
+
+
+@contextmanager
+def way_of(name):
+    """The constructor arguments of a way, and for the naive inverse what it does without."""
+    if name == 'naive':
+        engine = 'revcol_mm.models.reversible'
+        with mock.patch(f'{engine}.STREAM_DTYPE', torch.float32), mock.patch(f'{engine}.ANCHOR_BUDGET', float('inf')):
+            yield dict(reversible=True, drift_threshold=float('inf'))
+    else:
+        yield dict(reversible=name == 'reversible', with_cp=name == 'checkpoint')
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that came into being under this mode and still live, and their peak; on any device.
+
+    Args:
+        ignore: tensors whose storages do not count.
+    """
+
+    def __init__(self, ignore):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in ignore}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, storage._cdata)
+        return result
+
+    def free(self, key):
+        self.now -= self.known.pop(key)
+
+
+def memory(arch, columns, way, size):
+    """(MiB kept between forward and backward, MiB at the peak), parameters and their gradients aside."""
+    sizes = RevCol.ARCHS[arch]
+    with way_of(way) as kwargs:
+        with torch.device('meta'):  # initialising 32 columns takes longer than their step
+            net = RevCol(dict(channels=sizes['channels'], depths=sizes['depths'], num_columns=columns), **kwargs).train()
+        net.to_empty(device='cpu')
+        for name, parameter in net.named_parameters():
+            parameter.data.fill_(0.5 if 'alpha' in name else 0.01)
+            parameter.grad = torch.zeros_like(parameter)
+        image = torch.randn(1, 3, size, size)
+        with LiveBytes([tensor for parameter in net.parameters() for tensor in (parameter, parameter.grad)]) as live:
+            loss = sum(feature.sum() for feature in net(image))
+            gc.collect()
+            kept = live.now
+            loss.backward()
+    return kept / 2**20, live.peak / 2**20
+
+
+def slope(points):
+    """Least-squares slope of [(x, y)]."""
+    xs, ys = zip(*points)
+    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(ys)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x)**2 for x in xs)
+
+
+def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7):
+    """Median seconds of the forward pass and of the whole step, the ways taking turns."""
+    torch.manual_seed(0)
+    net = RevCol(arch).to(device).train()
+    image = torch.randn(batch, 3, *size, device=device)
+    times = {way: [] for way in ways}
+    for repeat in track(range(repeats + 1), f'step time, {arch} at {size[0]}×{size[1]}', transient=True):
+        for way in ways:
+            with way_of(way) as kwargs:
+                net.reversible, net.with_cp = kwargs.get('reversible', False), kwargs.get('with_cp', False)
+                net.monitor.threshold = kwargs.get('drift_threshold')
+                net.zero_grad(set_to_none=True)
+                marks = [now(device)]
+                with torch.autocast(device, autocast, enabled=autocast is not None):
+                    loss = sum(feature.float().square().mean() for feature in net(image))
+                marks.append(now(device))
+                loss.backward()
+                marks.append(now(device))
+            if repeat:  # the first round warms up
+                times[way].append((marks[1] - marks[0], marks[2] - marks[0]))
+    return {way: [statistics.median(column) for column in zip(*rows)] for way, rows in times.items()}
+
+
+def now(device):
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def gradient_error(columns, gamma, way):
+    """Worst relative error of a parameter's gradient against plain float64 autograd, on a narrow net."""
+    def grads(kwargs, dtype):
+        torch.manual_seed(0)
+        net = RevCol(dict(channels=(32, 48, 64, 96), depths=(1, 1, 1, 1), num_columns=columns), layer_scale_init_value=0.5,
+                     **kwargs).to(dtype).train()
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if 'alpha' in name:
+                    parameter.fill_(gamma)
+        image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+        sum(feature.square().mean() for feature in net(image)).backward()
+        return {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+    with way_of(way) as kwargs:
+        ours = grads(kwargs, torch.float32)
+    exact = grads({}, torch.float64)
+    return max(((ours[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact)
+
+
+def cuda_steps(progress):
+    """Peak memory and time of T, S and B at detection sizes; and the step of RevCol-H at 640², plain and reversible."""
+    rows = []
+    for arch in ('tiny', 'small', 'base'):
+        for size in ((512, 512), (800, 1344)):
+            for name, autocast in (('float32', None), ('bfloat16', torch.bfloat16), ('float16', torch.float16)):
+                progress(f'{arch} {size} {name}')
+                row = dict(arch=arch, size=size, batch=2, precision=name, peak_mib={}, seconds={})
+                for way in ('plain', 'checkpoint', 'reversible'):
+                    row['peak_mib'][way] = cuda_peak(arch, size, 2, way, autocast)
+                row['seconds'] = step_times(arch, size, ('plain', 'checkpoint', 'reversible'), 'cuda', 2, autocast, 3)
+                rows.append(row)
+    for way in ('plain', 'reversible'):
+        for batch in (8, 4, 2, 1):
+            progress(f'huge, batch {batch}, {way}')
+            peak = cuda_peak('huge', (640, 640), batch, way, torch.bfloat16)
+            if peak is not None:
+                break
+        rows.append(dict(arch='huge', size=(640, 640), precision='bfloat16', way=way, largest_batch=batch if peak else 0,
+                         peak_mib=peak))
+    return rows
+
+
+def cuda_peak(arch, size, batch, way, autocast):
+    """MiB allocated at most in a step, or None if it does not fit."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        with way_of(way) as kwargs:
+            net = RevCol(arch, **kwargs).cuda().train()
+            with torch.autocast('cuda', autocast, enabled=autocast is not None):
+                loss = sum(feature.float().mean() for feature in net(torch.randn(batch, 3, *size, device='cuda')))
+            loss.backward()
+        return torch.cuda.max_memory_allocated() / 2**20
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def plot(results, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for way, points in results['memory']['tiny'].items():
+        left.plot([columns for columns, _, _ in points], [peak for _, _, peak in points], 'o-', label=LABELS[way])
+    left.set(xlabel='columns', ylabel='peak of a step, MiB', title="Activation memory, RevCol-T's widths", ylim=0)
+    for way, points in results['gradient_error'].items():
+        points = [(columns, error) for gamma, columns, error in points if gamma == 0.5]
+        right.semilogy(*zip(*points), 'o-', label=LABELS[way])
+    right.set(xlabel='columns', ylabel='worst relative error', title='Gradients against float64, γ = 0.5')
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--size', type=int, default=128, help='image size of the memory measurement (default: 128)')
+    parser.add_argument('--repeats', type=int, default=7, help='rounds of the time measurement (default: 7)')
+    args = parser.parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit('error: --device cuda: torch sees no GPU here')
+    cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    name = torch.cuda.get_device_name() if args.device == 'cuda' else cpu
+    results = dict(device=name, torch=torch.__version__, image_size=args.size, memory={}, slope_of_plain={})
+    counts = (4, 8, 16, 32)
+    for arch in ('tiny', 'base'):  # S has T's widths and depths
+        results['memory'][arch] = {
+            way: [(count, *memory(arch, count, way, args.size)) for count in counts]
+            for way in track(('plain', 'checkpoint', 'reversible'), f'memory, {arch}', transient=True)}
+        for what, index in (('kept', 1), ('peak', 2)):
+            slopes = {way: slope([(row[0], row[index]) for row in rows]) for way, rows in results['memory'][arch].items()}
+            results['slope_of_plain'][f'{arch}, {what}'] = {way: value / slopes['plain'] for way, value in slopes.items()}
+    times = step_times('small', (256, 256) if args.device == 'cpu' else (512, 512), WAYS, args.device, repeats=args.repeats)
+    results['seconds_small'] = {way: dict(forward=forward, step=step) for way, (forward, step) in times.items()}
+    results['time_of_plain'] = {way: dict(forward=forward / times['plain'][0], step=step / times['plain'][1])
+                                for way, (forward, step) in times.items()}
+    results['gradient_error'] = {
+        way: [(gamma, count, gradient_error(count, gamma, way)) for gamma in (0.5, 0.1) for count in counts]
+        for way in track(('plain', 'naive', 'reversible'), 'gradient error', transient=True)}
+    if args.device == 'cuda':
+        results['cuda'] = cuda_steps(print)
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f'reversible_{args.device}'
+    stem.with_suffix('.json').write_text(json.dumps(results, indent=1) + '\n')
+    plot(results, stem.with_suffix('.png'))
+    print(json.dumps({key: results[key] for key in ('device', 'slope_of_plain', 'time_of_plain')}, indent=1))
+    print(f'written: {stem}.json and .png')
+
+
+if __name__ == '__main__':
+    main()
