@@ -86,7 +86,7 @@ def build_inferencer(cfg: Config, checkpoint: str, device: Optional[str] = None,
         raise LaunchError(f'default_scope={scope!r}: inference is for the packages {", ".join(PACKAGES)}')
     check_checkpoint(checkpoint, 'the command line')
     device = device or get_device()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
         warnings.simplefilter('ignore')  # of random weights and other data sets' classes, both replaced below
         if scope == 'mmdet':
             from mmdet.apis import DetInferencer

@@ -1,0 +1,266 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""tools/infer.py and tools/export_onnx.py on small models of all three packages."""
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
+from pycocotools.coco import COCO
+
+from revcol_mm import launch
+from revcol_mm.checkpoint import CheckpointError
+from revcol_mm.datasets import make_digits
+from revcol_mm.inference import build_inferencer, find_images, load_weights, output_names
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = dict(detection='cascade_rcnn_revcol_nano_digits', segmentation='upernet_revcol_nano_digits',
+               classification='revcol_nano_digits_cls')
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+infer, export_onnx = load_tool('infer'), load_tool('export_onnx')
+
+
+def config(task: str) -> str:
+    return str(ROOT / 'configs' / 'demo' / f'{CONFIGS[task]}.py')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _leave_no_default_scope():
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(scope='module')
+def workshop(tmp_path_factory):
+    """A folder with images, and a checkpoint of random weights for each demo config, without class names in it."""
+    folder = tmp_path_factory.mktemp('inference')
+    make_digits(folder / 'digits', num_train=1, num_val=3, size=96)
+    for task in CONFIGS:
+        cfg = Config.fromfile(config(task))
+        if 'data_preprocessor' in cfg:
+            cfg.model.data_preprocessor = cfg.data_preprocessor
+        launch._register(cfg.default_scope)
+        torch.manual_seed(1)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / f'{task}.pth')
+    return folder
+
+
+@pytest.fixture
+def images(workshop) -> list:
+    return sorted(str(path) for path in (workshop / 'digits' / 'val').iterdir())
+
+
+def run(workshop, task: str, *arguments) -> None:
+    infer.main([config(task), str(workshop / f'{task}.pth'), *map(str, arguments), '--device', 'cpu'])
+
+
+def read(folder: Path) -> tuple:
+    """images.json, predictions.json, both read by pycocotools."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(folder / 'images.json'))
+        found = truth.loadRes(str(folder / 'predictions.json'))
+    return truth.dataset, list(found.anns.values())
+
+
+def test_detections_are_coco_results(workshop, images, tmp_path):
+    run(workshop, 'detection', *images, '--out', tmp_path)
+    listing, found = read(tmp_path)
+    assert [entry['file_name'] for entry in listing['images']] == images
+    assert [category['name'] for category in listing['categories']] == list('0123456789')
+    assert found and {entry['image_id'] for entry in found} <= {1, 2, 3}
+    assert all(len(entry['bbox']) == 4 and entry['segmentation']['size'] == [96, 96] and 0 <= entry['score'] <= 1
+               for entry in found)
+    assert sorted(path.name for path in (tmp_path / 'vis').iterdir()) == [f'{Path(path).stem}.jpg' for path in images]
+
+
+def test_detections_are_those_of_mmdet(workshop, images, tmp_path):
+    """Boxes and masks against mmdet's inferencer, used as its own documentation says."""
+    from mmdet.apis import DetInferencer
+    run(workshop, 'detection', images[0], '--out', tmp_path, '--no-pictures')
+    expected = DetInferencer(model=config('detection'), weights=str(workshop / 'detection.pth'), device='cpu',
+                             show_progress=False)(images[0])['predictions'][0]
+    found = json.loads((tmp_path / 'predictions.json').read_text())
+    boxes = np.array([entry['bbox'] for entry in found])
+    boxes[:, 2:] += boxes[:, :2]
+    np.testing.assert_allclose(boxes, expected['bboxes'], atol=1e-3)  # float32, of coordinates up to 96
+    assert [entry['category_id'] for entry in found] == expected['labels']
+    assert [entry['segmentation']['counts'] for entry in found] == [mask['counts'] for mask in expected['masks']]
+    assert not (tmp_path / 'vis').exists()
+
+
+def test_annotations_give_the_ids(workshop, images, tmp_path):
+    annotations = json.loads((workshop / 'digits' / 'annotations' / 'instances_val.json').read_text())
+    for entry in annotations['images']:
+        entry['id'] += 500
+    for category in annotations['categories']:
+        category['id'] += 70
+    (tmp_path / 'ann.json').write_text(json.dumps(annotations))
+    run(workshop, 'detection', *images[:2], '--out', tmp_path, '--no-pictures', '--ann-file', tmp_path / 'ann.json')
+    listing, found = read(tmp_path)
+    ids = {entry['file_name']: entry['id'] for entry in annotations['images']}
+    assert [entry['id'] for entry in listing['images']] == [ids[Path(path).name] for path in images[:2]]
+    assert listing['categories'] == [{key: category[key] for key in ('id', 'name')} for category in annotations['categories']]
+    assert {entry['category_id'] for entry in found} <= {category['id'] for category in annotations['categories']}
+
+
+def test_label_maps_and_their_masks_agree(workshop, images, tmp_path):
+    run(workshop, 'segmentation', *images, '--out', tmp_path)
+    listing, found = read(tmp_path)
+    assert [category['name'] for category in listing['categories']] == [*'0123456789', 'background']
+    truth = COCO()
+    truth.dataset, truth.imgs = listing, {entry['id']: entry for entry in listing['images']}
+    for entry in listing['images']:
+        labels = np.array(Image.open(tmp_path / 'maps' / f'{Path(entry["file_name"]).stem}.png'))
+        assert labels.shape == (96, 96)
+        rebuilt = np.full_like(labels, 255)
+        for result in found:
+            if result['image_id'] == entry['id']:
+                rebuilt[truth.annToMask(result) == 1] = result['category_id']
+        np.testing.assert_array_equal(rebuilt, labels)
+    assert len(list((tmp_path / 'vis').iterdir())) == 3
+
+
+def test_classes_are_ranked(workshop, images, tmp_path):
+    run(workshop, 'classification', *images, '--out', tmp_path, '--deploy')
+    found = json.loads((tmp_path / 'predictions.json').read_text())
+    for image_id in (1, 2, 3):
+        scores = [entry['score'] for entry in found if entry['image_id'] == image_id]
+        assert len(scores) == 5 and scores == sorted(scores, reverse=True) and 0 < sum(scores) <= 1
+    assert len(list((tmp_path / 'vis').iterdir())) == 3
+
+
+def test_broken_images_are_reported_and_left_out(workshop, images, tmp_path, capsys):
+    (tmp_path / 'text.jpg').write_text('no image')
+    (tmp_path / 'empty.png').touch()
+    (tmp_path / 'cut.jpg').write_bytes(Path(images[0]).read_bytes()[:1000])
+    Image.new('RGB', (1, 1)).save(tmp_path / 'one_pixel.png')
+    with pytest.raises(SystemExit) as stop:
+        run(workshop, 'segmentation', tmp_path, *images, '--out', tmp_path / 'out')
+    assert stop.value.code == 3
+    listing, _ = read(tmp_path / 'out')
+    assert [entry['file_name'] for entry in listing['images']] == images
+    errors = capsys.readouterr().err
+    assert all(f'left out: {tmp_path / name}' in errors for name in ('text.jpg', 'empty.png', 'cut.jpg', 'one_pixel.png'))
+
+
+def test_nothing_but_broken_images_fails(workshop, tmp_path):
+    (tmp_path / 'text.jpg').write_text('no image')
+    with pytest.raises(SystemExit) as stop:
+        run(workshop, 'classification', tmp_path, '--out', tmp_path / 'out')
+    assert stop.value.code == 1
+
+
+def test_an_earlier_run_is_not_replaced(workshop, images, tmp_path):
+    run(workshop, 'classification', images[0], '--out', tmp_path, '--no-pictures')
+    before = (tmp_path / 'predictions.json').read_bytes()
+    with pytest.raises(CheckpointError, match='--force'):
+        run(workshop, 'classification', images[1], '--out', tmp_path, '--no-pictures')
+    assert (tmp_path / 'predictions.json').read_bytes() == before
+    run(workshop, 'classification', images[1], '--out', tmp_path, '--no-pictures', '--force')
+
+
+def test_images_are_never_overwritten(workshop, images, tmp_path):
+    (tmp_path / 'vis').mkdir()
+    picture = tmp_path / 'vis' / 'a.jpg'
+    picture.write_bytes(Path(images[0]).read_bytes())
+    with pytest.raises(CheckpointError, match='never changed'):
+        run(workshop, 'classification', picture, '--out', tmp_path)
+    assert picture.read_bytes() == Path(images[0]).read_bytes()
+
+
+def test_files_folders_and_globs_are_found(tmp_path):
+    for name in ('a.jpg', 'b.PNG', 'notes.txt', 'inner/c.jpeg', 'in[1]/d.jpg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = [str(tmp_path / name) for name in ('a.jpg', 'b.PNG', 'in[1]/d.jpg', 'inner/c.jpeg')]
+    assert find_images([str(tmp_path)]) == names
+    assert find_images([str(tmp_path / '**' / '*.jp*g'), names[0]]) == [names[0], names[2], names[3]]
+    with pytest.raises(FileNotFoundError, match='no image .*missing'):
+        find_images([str(tmp_path / 'missing.jpg')])
+    with pytest.raises(FileNotFoundError, match='holds no images'):
+        (tmp_path / 'nothing').mkdir()
+        find_images([str(tmp_path / 'nothing')])
+
+
+def test_outputs_have_names_of_their_own():
+    assert output_names(['x/a.jpg', 'y/b.jpg']) == ['a', 'b']
+    assert output_names(['x/a.jpg', 'x/a.png']) == ['a.jpg', 'a.png']
+    assert output_names(['x/a.jpg', 'y/a.jpg']) == [os.path.join('x', 'a'), os.path.join('y', 'a')]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    net = torch.nn.Linear(3, 3)
+    before = net.weight.clone()
+    for weights, message in ((dict(net.state_dict(), more=torch.ones(1)), 'no place in the model: more'),
+                             (dict(weight=torch.ones(3, 3)), 'missing: bias'),
+                             (dict(weight=torch.ones(2, 3), bias=torch.ones(3)), 'another shape: weight'),
+                             (dict(weight=torch.full((3, 3), torch.nan), bias=torch.ones(3)), 'NaN')):
+        torch.save(dict(state_dict=weights), tmp_path / 'x.pth')
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(net, str(tmp_path / 'x.pth'))
+    assert torch.equal(net.weight, before)
+
+
+def test_classes_come_from_the_checkpoint_first(workshop, tmp_path):
+    contents = torch.load(workshop / 'classification.pth', weights_only=True)
+    names = [f'digit {label}' for label in range(10)]
+    torch.save(dict(contents, meta=dict(dataset_meta=dict(classes=names))), tmp_path / 'named.pth')
+    cfg = launch.load_config(infer.parse_args([config('classification'), 'x', 'y', '--out', 'z']))
+    assert list(build_inferencer(cfg, str(tmp_path / 'named.pth'), 'cpu').classes) == names
+    assert list(build_inferencer(cfg, str(workshop / 'classification.pth'), 'cpu').classes) == list('0123456789')
+
+
+def test_missing_files_end_with_a_sentence(workshop, images, tmp_path):
+    def stderr(*arguments) -> str:
+        command = [sys.executable, str(ROOT / 'tools' / 'infer.py'), *map(str, arguments), '--out', str(tmp_path / 'out')]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert not (tmp_path / 'out').exists()
+        return done.stderr
+
+    assert 'error: there is no checkpoint missing.pth' in stderr(config('classification'), 'missing.pth', images[0])
+    assert 'Traceback' not in stderr('missing.py', workshop / 'detection.pth', images[0])
+
+
+def test_exported_backbone_is_that_of_the_checkpoint(workshop, tmp_path, capsys):
+    """onnxruntime against the model's own backbone, at a size that the tool did not check."""
+    import onnxruntime
+    export_onnx.main([config('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx')])
+    printed = capsys.readouterr().out
+    assert all(size in printed for size in ('64×64', '97×131', '160×65'))
+    cfg = Config.fromfile(config('detection'))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    load_weights(model, str(workshop / 'detection.pth'))
+    x = torch.randn(1, 3, 75, 200)
+    outputs = onnxruntime.InferenceSession(str(tmp_path / 'net.onnx')).run(None, dict(images=x.numpy()))
+    with torch.no_grad():
+        expected = model.eval().backbone(x)
+    for output, feature in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(output, feature, rtol=0, atol=1e-4 * feature.abs().max().item())
+    assert os.listdir(tmp_path) == ['net.onnx']
+
+
+def test_failed_export_leaves_nothing(workshop, tmp_path):
+    with pytest.raises(launch.LaunchError, match='at least 32'):
+        export_onnx.main([config('classification'), str(workshop / 'classification.pth'), '--out', str(tmp_path / 'net.onnx'),
+                          '--check', '16', '16'])
+    assert os.listdir(tmp_path) == []
