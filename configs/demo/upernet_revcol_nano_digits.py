@@ -5,7 +5,7 @@ custom_imports = dict(
     imports=['revcol_mm', 'revcol_mm.segmentation', 'revcol_mm.datasets.iou'], allow_failed_imports=False)
 
 norm = dict(type='BN')
-loss = dict(class_weight=[1.0] * 10 + [0.3])  # seven pixels in eight are background
+loss = dict(class_weight=[1.0] * 10 + [0.1])  # seven pixels in eight are background
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
     backbone=_base_.digits_backbone,
