@@ -8,12 +8,15 @@ import argparse
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import List, Optional
 
 from mmengine.config import DictAction
 
-from revcol_mm.flops import count, default_shape
-from revcol_mm.launch import LaunchError, load_config
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.flops import count, default_shape  # noqa: E402
+from revcol_mm.launch import LaunchError, load_config  # noqa: E402
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:

@@ -10,10 +10,13 @@ import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import List, Optional
 
-from revcol_mm.checkpoint import CheckpointError, PaddingReport, pad_checkpoint, read_checkpoint
-from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.checkpoint import CheckpointError, PaddingReport, pad_checkpoint, read_checkpoint  # noqa: E402
+from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:

@@ -7,9 +7,12 @@ import argparse
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import List, Optional
 
-from revcol_mm.checkpoint import CheckpointError, publish_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+from revcol_mm.checkpoint import CheckpointError, publish_checkpoint  # noqa: E402
 
 
 def main(argv: Optional[List[str]] = None) -> None:
