@@ -21,7 +21,9 @@ demo: setup
 
 demo-seg: setup
 	$(RUN) tools/make_digits.py data/digits
-	$(RUN) tools/train.py configs/demo/upernet_revcol_nano_digits.py --work-dir work_dirs/demo-seg
+	$(RUN) tools/train.py configs/demo/revcol_nano_digits_pretrain.py --work-dir work_dirs/demo-pretrain
+	$(RUN) tools/train.py configs/demo/upernet_revcol_nano_digits.py --work-dir work_dirs/demo-seg \
+		--cfg-options load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)
 	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py $$(cat work_dirs/demo-seg/last_checkpoint) \
 		--work-dir work_dirs/demo-seg --show-dir work_dirs/demo-seg/pictures
 

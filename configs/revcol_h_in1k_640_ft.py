@@ -1,5 +1,5 @@
-# 2537 GFLOPs, 90.0 top-1 in the paper. The weights of RevCol-H were pre-trained on private data: the checkpoint is where your
-# own are expected (--cfg-options model.backbone.init_cfg.checkpoint=… for another place).
+# 2537 GFLOPs, 90.0 top-1 in the paper. RevCol-H was pre-trained on private data; the authors' README links its weights
+# (docs/model_zoo.md), which are expected at the checkpoint's place (--cfg-options model.backbone.init_cfg.checkpoint=… for another).
 _base_ = '_base_/revcol_in1k_ft.py'
 
 model = dict(

@@ -1,4 +1,5 @@
-# The demo: Cascade Mask R-CNN as for COCO, narrowed until two CPU cores train it in minutes.
+# The demo: Cascade Mask R-CNN as for COCO, narrowed until two CPU cores train it in minutes, from the backbone that
+# revcol_nano_digits_pretrain.py makes (`load_from`).
 _base_ = ['../_base_/cascade_rcnn_revcol.py', '_base_/digits_coco.py']
 
 width = 64
