@@ -1,5 +1,5 @@
 # 2537 GFLOPs, 90.0 top-1 in the paper. RevCol-H was pre-trained on private data; the authors' README links its weights
-# (docs/model_zoo.md), which are expected at the checkpoint's place (--cfg-options model.backbone.init_cfg.checkpoint=… for another).
+# (docs/model_zoo.md), which are expected where the checkpoint says (--cfg-options model.backbone.init_cfg.checkpoint=…).
 _base_ = '_base_/revcol_in1k_ft.py'
 
 model = dict(

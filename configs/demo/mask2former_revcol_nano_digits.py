@@ -33,6 +33,7 @@ model = dict(
         train_cfg=dict(num_points=1024)))
 del width, num_classes, attention, position
 
+test_pipeline = _base_.digits_test_pipeline  # mmseg's inference reads it from here
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader
 test_dataloader = val_dataloader

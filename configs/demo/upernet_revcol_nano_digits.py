@@ -19,6 +19,7 @@ model = dict(
     test_cfg=dict(_delete_=True, mode='whole'))
 del norm, classes_first, outlines_too
 
+test_pipeline = _base_.digits_test_pipeline  # mmseg's inference reads it from here
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader
 test_dataloader = val_dataloader

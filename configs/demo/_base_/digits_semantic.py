@@ -11,6 +11,7 @@ digits_train_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
+digits_test_pipeline = digits_train_pipeline
 digits_train_dataloader = dict(
     dataset=dict(
         _delete_=True,
@@ -28,5 +29,5 @@ digits_val_dataloader = dict(
         metainfo=digits_meta,
         img_suffix='.jpg',
         data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
-        pipeline=digits_train_pipeline))
+        pipeline=digits_test_pipeline))
 digits_evaluator = dict(_delete_=True, type='ForegroundIoUMetric', iou_metrics=['mIoU'])
