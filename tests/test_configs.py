@@ -115,7 +115,9 @@ def test_every_config_trains_a_step_and_predicts(name):
     for key in ('loss_scale', 'dtype'):
         cfg.optim_wrapper.pop(key, None)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    loss = loss_of(model, images(cfg))
+    # Padding has the label 255, for which mmseg's cross entropy looks up a class weight: images of the crop's size.
+    sizes = [(128, 128)] * 2 if cfg.default_scope == 'mmseg' and name.startswith('demo/') else None
+    loss = loss_of(model, images(cfg, sizes))
     loss.backward()
     assert torch.isfinite(loss)
     gradients = {key: value.grad for key, value in model.backbone.named_parameters() if value.grad is not None}

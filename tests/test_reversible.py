@@ -84,15 +84,16 @@ class TestExact:
         assert compare(build(arch, 'random', layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
 
     def test_at_64_columns_the_error_is_that_of_float32_itself(self):
-        ours, plain = 0., 0.
-        for seed in range(4):  # the worst of 3,000 tensors is a noisy measure: the mean of four nets
+        # The worst of 3,000 tensors is a noisy measure: single nets give 0.5 to 4. Hence the geometric mean of eight.
+        logarithms = []
+        for seed in range(8):
             net = build(dict(WIDER, num_columns=64), 0.5, seed % 2 == 0, seed)
-            image = torch.randn(1, 3, 48, 48)
+            image = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(100 + seed))
             weights = loss_weights(net, image)
             exact = gradients(net, image, weights, False, torch.float64)
-            ours += worst_error(gradients(net, image, weights, True), exact)
-            plain += worst_error(gradients(net, image, weights, False), exact)
-        assert ours <= 1.5 * plain
+            errors = [worst_error(gradients(net, image, weights, reversible), exact) for reversible in (True, False)]
+            logarithms.append(math.log(errors[0] / errors[1]))
+        assert math.exp(sum(logarithms) / len(logarithms)) <= 1.5
 
     def test_under_autocast_the_error_is_that_of_plain_autocast(self):
         net = build(dict(WIDER, num_columns=8), 0.5, layer_scale=True)

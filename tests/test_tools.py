@@ -14,6 +14,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.visualization import Visualizer
 
 from revcol_mm import launch
 from revcol_mm.datasets import make_digits
@@ -105,6 +106,17 @@ optim_wrapper = optim
 default_hooks = hooks
 train_cfg = train_loop
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_visualizer_of_another_run():
+    """A run finds its visualizer by name, one for the whole process: here runs of several packages share one."""
+    def forget(cls):
+        cls._instance_dict.clear()
+        for subclass in cls.__subclasses__():
+            forget(subclass)
+
+    forget(Visualizer)
 
 
 @pytest.fixture(scope='module')
@@ -209,6 +221,7 @@ def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterr
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    time.sleep(1.1)  # mmengine names a run's folder after the second: the next run gets its own
     reached = int(last.read_text().rpartition('_')[2].removesuffix('.pth'))
     options = ['--cfg-options', f'train_cfg.max_iters={reached + 4}']
     launch.train([config, '--work-dir', 'killed', '--resume', 'auto', *options])
