@@ -224,10 +224,11 @@ def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterr
     time.sleep(1.1)  # mmengine names a run's folder after the second: the next run gets its own
     reached = int(last.read_text().rpartition('_')[2].removesuffix('.pth'))
     options = ['--cfg-options', f'train_cfg.max_iters={reached + 4}']
+    before = set((tmp_path / 'killed').glob('*/vis_data/scalars.json'))
     launch.train([config, '--work-dir', 'killed', '--resume', 'auto', *options])
     launch.train([config, '--work-dir', 'whole', *options])
-    entries = [json.loads(line) for log in sorted((tmp_path / 'killed').glob('*/vis_data/scalars.json'))[-1:]
-               for line in log.read_text().splitlines()]
+    log, = set((tmp_path / 'killed').glob('*/vis_data/scalars.json')) - before
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert [entry['step'] for entry in entries] == list(range(reached + 1, reached + 5))
     resumed, whole = (torch.load(tmp_path / name / f'iter_{reached + 4}.pth', weights_only=True)['state_dict']
                       for name in ('killed', 'whole'))
