@@ -64,7 +64,7 @@ def couple(f: Tensor, gamma: Tensor, p: Tensor) -> Tensor:
 
 def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
     """Inverse: p[l] = (y[l] − F[l](…)) / γ[l]."""
-    return (y - f) / gamma
+    return (y - f).div_(gamma)
 
 
 class ReversibleColumn(nn.Module):
@@ -305,11 +305,13 @@ class _Column(torch.autograd.Function):
         rng: List[Optional[tuple]] = []
         y_stream: List[Tensor] = []
         y: List[Tensor] = []
+        after = call.record_rng()
         with torch.autocast(**call.autocast):
             for index, level in enumerate(column.levels):
-                before = call.record_rng()
+                before = after
                 f = level(y[-1] if y else x, *(p[j] for j in column.above[index]), **call.context)
-                changed = any(not torch.equal(a, b) for a, b in zip(before, call.record_rng()))
+                after = call.record_rng()
+                changed = any(not torch.equal(a, b) for a, b in zip(before, after))
                 rng.append(before if changed else None)
                 feature_dtype = torch.result_type(f, column.gammas[index])
                 if not column.first:
@@ -447,7 +449,7 @@ def _recompute(call: ReversibleCall, column: ReversibleColumn, index: int, names
         if rng is not None:
             call.replay_rng(rng)
         with torch.set_grad_enabled(any(wanted)), torch.autocast(**call.autocast):
-            f = functional_call(level, stand_ins, tuple(tensors[:len(inputs)]), call.context)
+            f = functional_call(level, stand_ins, tuple(tensors[:len(inputs)]), call.context, tie_weights=False)
     return f, [tensor for tensor, want in zip(tensors, wanted) if want]
 
 
