@@ -15,18 +15,16 @@
 # - No global self-attention behind the last stage, which Swin's HTC++ has: RevCol is static convolutions only.
 # - Test: single scale at 1400 x 1600; --tta at three scales, each flipped too.
 # The paper prints 2.41G parameters. This head, the standard one, makes 2.22G: see docs/model_zoo.md.
-_base_ = 'mmdet::htc/htc_x101-64x4d-dconv-c3-c5_fpn_ms-400-1400-16xb1-20e_coco.py'
+_base_ = ['mmdet::htc/htc_x101-64x4d-dconv-c3-c5_fpn_ms-400-1400-16xb1-20e_coco.py', './_base_/revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type='RevCol',
+        _base_.revcol_tiny,
         arch='huge',
         kernel_size=7,
         drop_path_rate=0.5,
-        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/revcol_huge_megdata_k7.pth')),
     neck=dict(in_channels=[360, 720, 1440, 2880]),
     roi_head=dict(

@@ -1,19 +1,11 @@
 # Mask R-CNN, 1x schedule: a start for one small GPU (--auto-scale-lr adapts the rate, which is for 16 images, to its batch).
 # The paper has no such detector; optimizer and drop path are those of RevCol-T's Cascade Mask R-CNN.
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', './_base_/revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='RevCol',
-        arch='tiny',
-        drop_path_rate=0.3,
-        reversible=True,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_tiny_1k.pth')),
+    backbone=_base_.revcol_tiny,
     neck=dict(in_channels=[64, 128, 256, 512]))
 
 optim_wrapper = dict(

@@ -260,6 +260,13 @@ def _init_gloo(launcher: str) -> None:
 
 # Data sets and checkpoints ---------------------------------------------------------------------------------------------------
 
+def _leave_process_group() -> None:
+    """Ends a distributed run that went well: a process that exits with the group's threads alive can abort (gloo)."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def check_data(cfg: Config, loaders: Sequence[str]) -> None:
     """Looks for the annotation files and folders of the data loaders and evaluators that a run will use.
 
@@ -450,7 +457,15 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     _set_resume(cfg, args.resume)
     check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
     check_data(cfg, ('train', 'val'))
-    build_runner(cfg).train()
+    try:
+        build_runner(cfg).train()
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's
+            raise
+        raise LaunchError('a BatchNorm has met a single value per channel (in UPerNet behind its 1×1 pooling), so this model '
+                          'cannot train on one image at a time: raise train_dataloader.batch_size, or train on several GPUs '
+                          f'with norm_cfg.type=SyncBN ({error})') from error
+    _leave_process_group()
 
 
 def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
@@ -482,7 +497,9 @@ def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
     runner = build_runner(cfg)
     if dump:
         runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
-    return runner.test()
+    metrics = runner.test()
+    _leave_process_group()
+    return metrics
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:

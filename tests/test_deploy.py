@@ -115,5 +115,13 @@ def test_pretrained_weights_must_be_unfolded(tmp_path):
     folded = make_net()
     folded.switch_to_deploy()
     torch.save(folded.state_dict(), tmp_path / 'folded.pth')
-    with pytest.raises(CheckpointError, match='are missing'):
+    with pytest.raises(CheckpointError, match='give the checkpoint that it was folded from'):
         load_pretrained(make_net(), str(tmp_path / 'folded.pth'))
+
+
+def test_a_folded_net_takes_no_pretrained_weights(tmp_path):
+    folded = make_net()
+    torch.save(folded.state_dict(), tmp_path / 'unfolded.pth')
+    folded.switch_to_deploy()
+    with pytest.raises(CheckpointError, match='load it first, then fold'):
+        load_pretrained(folded, str(tmp_path / 'unfolded.pth'))

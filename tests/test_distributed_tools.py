@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from test_configs import load, narrow
 from test_optim import build, settings
 from test_tools import ROOT, own_surroundings, workshop  # noqa: F401
 
@@ -58,6 +59,20 @@ def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_pa
     model.load_state_dict(checkpoint['state_dict'])
     metrics = launch.test([str(config), str(tmp_path / 'work' / 'iter_4.pth'), '--work-dir', str(tmp_path / 'test')])
     assert 'coco/bbox_mAP' in metrics
+
+
+def test_a_narrow_copy_of_revcol_h_trains_sharded_in_mixed_precision(workshop, tmp_path):  # noqa: F811
+    cfg, digits = narrow(load('upernet_revcol_h')), Config.fromfile(str(workshop / 'segmentation.py'))
+    cfg.model.backbone.init_cfg = None
+    cfg.model.data_preprocessor = dict(cfg.model.data_preprocessor, size=(64, 64))
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'default_hooks', 'env_cfg'):
+        cfg[key] = digits[key]
+    cfg.dump(tmp_path / 'narrow_revcol_h.py')
+    text = launch_two('dist_train.sh', 'narrow_revcol_h.py', 2, '--work-dir', 'work', '--cfg-options', *SHARDED, cwd=tmp_path)
+    assert 'Iter(train) [2/2]' in text
+    backbone = {key for key in torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=True)['state_dict'] if 'subnet' in key}
+    assert 'backbone.subnet1.level0.fusion.up2.channel_reschedule.0.weight' in backbone  # Huge's extra path
+    assert not any('_fsdp' in key or '_flat' in key for key in backbone)
 
 
 def test_the_scripts_say_how_to_call_them():

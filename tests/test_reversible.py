@@ -84,16 +84,17 @@ class TestExact:
         assert compare(build(arch, 'random', layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
 
     def test_at_64_columns_the_error_is_that_of_float32_itself(self):
-        # The worst of 3,000 tensors is a noisy measure: single nets give 0.5 to 4. Hence the geometric mean of eight.
-        logarithms = []
+        ours, plain = [], []
         for seed in range(8):
             net = build(dict(WIDER, num_columns=64), 0.5, seed % 2 == 0, seed)
             image = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(100 + seed))
             weights = loss_weights(net, image)
             exact = gradients(net, image, weights, False, torch.float64)
-            errors = [worst_error(gradients(net, image, weights, reversible), exact) for reversible in (True, False)]
-            logarithms.append(math.log(errors[0] / errors[1]))
-        assert math.exp(sum(logarithms) / len(logarithms)) <= 1.5
+            ours.append(worst_error(gradients(net, image, weights, True), exact))
+            plain.append(worst_error(gradients(net, image, weights, False), exact))
+        assert sum(ours) <= 1.5 * sum(plain)
+        # The worst of 3,000 tensors of a single net is noisy on both sides: of 16 nets one gave 1.8, the others 0.6 to 1.5.
+        assert all(a <= 2.5 * b for a, b in zip(ours, plain))
 
     def test_under_autocast_the_error_is_that_of_plain_autocast(self):
         net = build(dict(WIDER, num_columns=8), 0.5, layer_scale=True)
@@ -129,7 +130,7 @@ class TestExact:
         # bfloat16 inside of F.
         assert worst_error(ours, dict(expected, image=leaf.grad.double())) <= 1e-3
 
-    @pytest.mark.parametrize('budget, expected', [(2.**16, set()), (2.**3, {1, 4}), (2., {1, 2, 3, 4, 5, 6})])
+    @pytest.mark.parametrize('budget, expected', [(2.**12, set()), (2.**3, {1, 4}), (2., {1, 2, 3, 4, 5, 6})])
     def test_anchors_bound_the_amplification_between_them(self, budget, expected):
         assert place_anchors(build(dict(NARROW, num_columns=8)).columns, budget) == expected
 
@@ -142,7 +143,7 @@ class TestExact:
         assert net.drift > 1e-2
         monkeypatch.undo()
         sum(feature.sum() for feature in net(image)).backward()
-        assert net.drift < 1e-2
+        assert net.drift < 1e-3
 
     def test_the_extra_path_of_huge_is_exact(self):
         assert compare(build(dict(NARROW, deep_to_shallow=True), 'random', layer_scale=True),

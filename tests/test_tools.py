@@ -294,6 +294,11 @@ def test_a_missing_damaged_or_foreign_checkpoint_is_named(workshop, tmp_path):
         launch.test([config, 'released.pth'])
 
 
+def test_upernet_on_single_images_is_refused_with_the_remedy(workshop):
+    with pytest.raises(launch.LaunchError, match='raise train_dataloader.batch_size'):
+        launch.train([str(workshop / 'segmentation.py'), '--work-dir', 'w', '--cfg-options', 'train_dataloader.batch_size=1'])
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     (tmp_path / 'imports.py').write_text("custom_imports = dict(imports=['not_there'], allow_failed_imports=False)\n")
     with pytest.raises(launch.LaunchError, match='not_there'):

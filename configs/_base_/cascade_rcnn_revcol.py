@@ -1,19 +1,11 @@
 # Cascade Mask R-CNN for RevCol on COCO: what all sizes share. Heads, augmentation and the 3x schedule (36 epochs) are mmdet's
 # own for ConvNeXt; what follows is where RevCol's settings (table 13 of the paper, and the authors' release) differ.
-_base_ = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
+_base_ = ['mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='RevCol',
-        arch='tiny',
-        drop_path_rate=0.3,
-        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_tiny_1k.pth')),
+    backbone=_base_.revcol_tiny,
     neck=dict(in_channels=[64, 128, 256, 512]))
 
 # 8 GPUs x 2 images; --auto-scale-lr adapts the rate to other batch sizes.

@@ -10,17 +10,15 @@
 #       model.decoder.layer_cfg.cross_attn_cfg.num_levels=4
 # - Rates: layer decay in the backbone, as in all other fine-tuning of RevCol, in the place of DINO's 0.1 for the whole
 #   backbone.
-_base_ = 'mmdet::dino/dino-5scale_swin-l_8xb2-36e_coco.py'
+_base_ = ['mmdet::dino/dino-5scale_swin-l_8xb2-36e_coco.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type='RevCol',
+        _base_.revcol_tiny,
         arch='base',
         drop_path_rate=0.4,
-        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_base_22k.pth')),

@@ -1,20 +1,12 @@
 # Mask2Former for RevCol on ADE20K, crops of 512x512: what all sizes share. Heads and augmentation are mmsegmentation's own. The
 # paper publishes no settings of its own for Mask2Former and says that it trains as with UPerNet; so do these configs. From
 # Mask2Former come the gradient clipping, the embeddings without weight decay, and the test on whole images.
-_base_ = 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
+_base_ = ['mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation', 'mmdet.models'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='RevCol',
-        arch='tiny',
-        drop_path_rate=0.3,
-        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_tiny_1k.pth')),
+    backbone=_base_.revcol_tiny,
     decode_head=dict(in_channels=[64, 128, 256, 512]))
 
 # 8 GPUs x 2 images; --auto-scale-lr adapts the rate to other batch sizes.

@@ -33,6 +33,10 @@ train_dataloader = dict(batch_size=32, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(batch_size=32, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
+# At 224x224, for the configs that end in _224_ft: trained and tested as the inherited pipelines do.
+train_pipeline_224 = [dict(step, scale=224) if step['type'] == 'RandomResizedCrop' else step for step in train_pipeline]
+test_pipeline_224 = _base_.test_pipeline
+
 # Rates for 1024 images, scaled to the batch; no warm-up (the release names a warm-up rate of 4e-6 and 0 epochs of it).
 optim_wrapper = dict(
     type='AmpOptimWrapper',

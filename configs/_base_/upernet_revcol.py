@@ -1,20 +1,12 @@
 # UPerNet for RevCol on ADE20K, crops of 512x512: what all sizes share. Heads, augmentation and 160k iterations are
 # mmsegmentation's own for ConvNeXt; the optimizer's settings are the authors' release's (the paper's table 14 agrees, but for
 # 80k iterations with ImageNet-22K weights).
-_base_ = 'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
+_base_ = ['mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='RevCol',
-        arch='tiny',
-        drop_path_rate=0.3,
-        reversible=True,  # False: plain autograd, faster, with memory that grows with the columns
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_tiny_1k.pth')),
+    backbone=_base_.revcol_tiny,
     decode_head=dict(in_channels=[64, 128, 256, 512]),
     auxiliary_head=dict(in_channels=256))
 

@@ -4,6 +4,7 @@ _base_ = ['../_base_/cascade_rcnn_revcol.py', '_base_/digits_coco.py']
 
 width = 64
 norm = dict(type='BN')
+one_sample = dict(roi_layer=dict(sampling_ratio=1))  # on the CPU RoIAlign is a third of the step, and digits are small
 roi_head = _base_.model.roi_head
 rcnn = _base_.model.train_cfg.rcnn
 
@@ -12,19 +13,19 @@ model = dict(
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=width, norm_cfg=norm),
     rpn_head=dict(in_channels=width, feat_channels=width),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=width),
+        bbox_roi_extractor=dict(one_sample, out_channels=width),
         bbox_head=[
             dict(head, num_shared_convs=2, in_channels=width, conv_out_channels=width, fc_out_channels=256, num_classes=10,
                  norm_cfg=norm)
             for head in roi_head.bbox_head
         ],
-        mask_roi_extractor=dict(out_channels=width),
+        mask_roi_extractor=dict(one_sample, out_channels=width),
         mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width, num_classes=10, norm_cfg=norm)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
         rcnn=[dict(stage, sampler=dict(stage.sampler, num=32, pos_fraction=0.5)) for stage in rcnn]),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)))
-del width, norm, roi_head, rcnn
+del width, norm, one_sample, roi_head, rcnn
 
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader

@@ -58,13 +58,13 @@ test_dataloader = val_dataloader
 val_evaluator = [dict(type='Accuracy', topk=(1, 5)), dict(type='HeadAccuracy')]
 test_evaluator = val_evaluator
 
-max_epochs = 18
+max_epochs = 10
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, fused=True),
     constructor='LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(layer_decay_rate=1.0, decay_gamma=True),
     clip_grad=dict(max_norm=5.0))

@@ -31,7 +31,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(_delete_=True, type='Accuracy', topk=1)
 test_evaluator = val_evaluator
 
-max_epochs = 5
+max_epochs = 4
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=4e-3))
 param_scheduler = [

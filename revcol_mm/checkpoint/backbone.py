@@ -10,6 +10,9 @@ from torch import Tensor
 from .kernels import KERNEL, kernel_size_of, kernels_of
 from .safe import CheckpointError, some
 
+#: Buffer that marks a folded network (``RevCol.switch_to_deploy``) in its state dict.
+FOLDED = 'deployed'
+
 
 @dataclass(frozen=True)
 class Backbone:

@@ -8,6 +8,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from .backbone import FOLDED
 from .kernels import pad_on_load
 from .safe import CheckpointError, read_checkpoint, some
 
@@ -89,6 +90,10 @@ def load_pretrained(module: nn.Module,
                               f': its names are {some(weights)}, and {name} looks for {some(own)}')
     if getattr(module, 'pad_pretrained', False):
         pad_on_load(module, found, '')
+    if (FOLDED in inside) != (FOLDED in own):
+        raise CheckpointError(f'{checkpoint} holds a folded backbone (switch_to_deploy), {name} is not folded: give the '
+                              'checkpoint that it was folded from' if FOLDED in inside else
+                              f'{name} is folded (switch_to_deploy), {checkpoint} is not: load it first, then fold')
     _check_shapes(found, own, checkpoint, name)
     missing = [key for key in own if key not in found]
     lacking = [key for key in missing if not re.match(r'norm\d+\.', key)]

@@ -12,12 +12,12 @@ from ..models.reversible import ReversibleColumn
 
 
 def column_network_wrap_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """FSDP's ``auto_wrap_policy``: the network of columns is one unit, and all the rest of the model another.
+    """FSDP's ``auto_wrap_policy``: every column is a unit, and all the rest of the model another.
 
-    A unit's parameters are gathered while it runs. A reversible pass runs through all columns, in the backward pass too, and
-    needs their parameters in one piece.
+    A unit's parameters are gathered while it runs, in the forward pass and in the backward pass, so a process holds those of
+    one or two columns at a time.
     """
-    return recurse or any(isinstance(child, ReversibleColumn) for child in module.children())
+    return recurse or isinstance(module, ReversibleColumn)
 
 
 @STRATEGIES.register_module()
@@ -28,7 +28,7 @@ class RevColFSDPStrategy(FSDPStrategy):
 
         tools/dist_train.sh CONFIG 8 --cfg-options runner_type=FlexibleRunner strategy.type=RevColFSDPStrategy
 
-    Differences to mmengine's: the network of columns is a unit of its own, a checkpoint is one file that every other tool
+    Differences to mmengine's: every column is a unit of its own, a checkpoint is one file that every other tool
     reads, a run can be resumed from it with today's torch, and there need not be a GPU.
 
     Args:

@@ -5,10 +5,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .reversible import ReversibleColumn, couple, keep_invertible
-
-#: Buffer that marks a folded network in its state dict.
-MARK = 'deployed'
+from ..checkpoint.backbone import FOLDED
+from .reversible import ReversibleColumn, keep_invertible, run_levels
 
 
 class InferenceColumn(nn.Module):
@@ -35,11 +33,8 @@ class InferenceColumn(nn.Module):
     def forward(self, x: Tensor, p: Optional[Sequence[Tensor]], context: Optional[Mapping[str, Any]] = None
                 ) -> Tuple[Tensor, ...]:
         """Features of this column, one per level; see :meth:`ReversibleColumn.forward`."""
-        y = []
-        for index, level in enumerate(self.levels):
-            f = level(y[-1] if y else x, *(p[j] for j in self.above[index]), **(context or {}))
-            y.append(f if self.first else couple(f, self._buffers[f'alpha{index}'], p[index]))
-        return tuple(y)
+        gammas = [self._buffers.get(f'alpha{index}') for index in range(self.num_levels)]
+        return run_levels(self, gammas, x, p, context)
 
 
 @torch.no_grad()
@@ -67,11 +62,11 @@ def check_folding(module: nn.Module, state_dict: Dict[str, Tensor], prefix: str,
     Raises:
         RuntimeError: for weights of the other kind.
     """
-    folded = MARK in module._buffers
+    folded = FOLDED in module._buffers
     name = type(module).__name__
     if folded and any(key.startswith(f'{prefix}subnet') and key.endswith('.gamma') for key in state_dict):
         raise RuntimeError(f'this {name} is folded (switch_to_deploy), and the weights to load are not: load them into a '
                            'newly built one, and fold it afterwards')
-    if not folded and prefix + MARK in state_dict:
+    if not folded and prefix + FOLDED in state_dict:
         raise RuntimeError(f'the weights to load are those of a folded {name}, and this one is not: call '
                            'switch_to_deploy() on it first. They cannot be trained: for that, load the unfolded checkpoint')

@@ -9,8 +9,9 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..checkpoint.backbone import FOLDED
 from ..checkpoint.kernels import pad_on_load
-from .deploy import MARK, InferenceColumn, check_folding, fold_affine, fold_layer_scale
+from .deploy import InferenceColumn, check_folding, fold_affine, fold_layer_scale
 from .stack import Column, ColumnStack
 
 
@@ -232,7 +233,7 @@ class RevCol(ColumnStack):
         Raises:
             ValueError: if the weights are not float32 or float64.
         """
-        if MARK in self._buffers:
+        if FOLDED in self._buffers:
             return
         dtype = self.stem[0].weight.dtype
         if dtype not in (torch.float32, torch.float64):
@@ -243,10 +244,10 @@ class RevCol(ColumnStack):
         for index, column in enumerate(self.columns):
             self._modules[f'subnet{index}'] = InferenceColumn(column)
         self.requires_grad_(False)
-        self.register_buffer(MARK, torch.ones((), dtype=torch.bool, device=self.stem[0].weight.device))
+        self.register_buffer(FOLDED, torch.ones((), dtype=torch.bool, device=self.stem[0].weight.device))
 
     def train(self, mode: bool = True) -> 'RevCol':
-        if mode and MARK in self._buffers:
+        if mode and FOLDED in self._buffers:
             raise RuntimeError('a RevCol folded by switch_to_deploy() cannot be trained: LayerScale and the γ of its shortcuts '
                                'are no parameters any more. Build a new one and load the checkpoint into it')
         return super().train(mode)
