@@ -61,7 +61,31 @@ def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_pa
     assert 'coco/bbox_mAP' in metrics
 
 
-def test_a_narrow_copy_of_revcol_h_trains_sharded_in_mixed_precision(workshop, tmp_path):  # noqa: F811
+def test_sharded_gradients_are_clipped_by_the_norm_of_all(workshop, tmp_path):  # noqa: F811
+    launch_two('dist_train.sh', workshop / 'detection.py', 2, '--work-dir', 'work', '--cfg-options', *SHARDED,
+               'optim_wrapper.optimizer.type=SGD', 'optim_wrapper.optimizer.lr=1.0', 'optim_wrapper.optimizer.weight_decay=0.0',
+               'optim_wrapper.paramwise_cfg.layer_decay_rate=1.0', 'optim_wrapper.clip_grad.max_norm=0.1',
+               'default_hooks.checkpoint.interval=1', cwd=tmp_path)
+    before, after = (torch.load(tmp_path / 'work' / f'iter_{step}.pth', weights_only=True)['state_dict'] for step in (1, 2))
+    steps = [(after[key] - before[key]).double().square().sum() for key in before if 'running' not in key and 'num_' not in key]
+    assert torch.stack(steps).sum().sqrt().item() == pytest.approx(0.1, rel=1e-3)  # lr · max_norm
+
+
+def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path):  # noqa: F811
+    cfg = Config.fromfile(str(workshop / 'detection.py'))
+    cfg.model.neck.norm_cfg.type = 'BN'
+    cfg.model.roi_head.bbox_head.num_classes = 3  # as after training on other classes
+    weights = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=weights), tmp_path / 'other.pth')
+    text = launch_two('dist_train.sh', workshop / 'detection.py', 2, '--work-dir', 'work', '--cfg-options', *SHARDED,
+                      'load_from=other.pth', 'optim_wrapper.optimizer.lr=0.0', cwd=tmp_path)
+    assert 'other shapes: roi_head.bbox_head.fc_cls.weight, roi_head.bbox_head.fc_cls.bias' in text
+    trained = torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=True)['state_dict']
+    torch.testing.assert_close(trained['backbone.stem.0.weight'], weights['backbone.stem.0.weight'], rtol=0, atol=0)
+    assert trained['roi_head.bbox_head.fc_cls.weight'].shape[0] == 11
+
+
+def test_a_narrow_copy_of_revcol_h_trains_sharded(workshop, tmp_path):  # noqa: F811
     cfg, digits = narrow(load('upernet_revcol_h')), Config.fromfile(str(workshop / 'segmentation.py'))
     cfg.model.backbone.init_cfg = None
     cfg.model.data_preprocessor = dict(cfg.model.data_preprocessor, size=(64, 64))

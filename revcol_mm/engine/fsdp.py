@@ -1,12 +1,16 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Sharded training of models that are too large for one GPU: mmengine's FSDP strategy, with what networks of columns need."""
-from typing import Optional, Union
+from logging import WARNING
+from typing import Any, Optional, Union
 
+import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import STRATEGIES
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType
 
 from ..models.reversible import ReversibleColumn
 
@@ -28,8 +32,10 @@ class RevColFSDPStrategy(FSDPStrategy):
 
         tools/dist_train.sh CONFIG 8 --cfg-options runner_type=FlexibleRunner strategy.type=RevColFSDPStrategy
 
-    Differences to mmengine's: every column is a unit of its own, a checkpoint is one file that every other tool
-    reads, a run can be resumed from it with today's torch, and there need not be a GPU.
+    Differences to mmengine's: every column is a unit of its own; gradients are clipped by the norm of the whole model's, not
+    of each process's shards; a checkpoint is one file that every other tool reads, and a run can be resumed from it with
+    today's torch; weights of another shape are left out, with a line in the log, as without sharding; and there need not be
+    a GPU.
 
     Args:
         model_wrapper (dict, optional): arguments of ``MMFullyShardedDataParallel``: ``mixed_precision``, ``cpu_offload``, …
@@ -50,6 +56,24 @@ class RevColFSDPStrategy(FSDPStrategy):
                     state_dict_type='FULL_STATE_DICT', state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
                     optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True))
         super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        self._shapes = {key: value.shape for key, value in model.state_dict().items()}
+        return super()._wrap_model(model)
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: Optional[nn.Module] = None) -> Any:
+        optim_wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        if getattr(optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
+            optim_wrapper.clip_func = lambda parameters, **kwargs: self.model.clip_grad_norm_(**kwargs)
+        return optim_wrapper
+
+    def load_model_state_dict(self, state_dict: dict, *, strict: bool = False, **kwargs) -> None:
+        if not strict and self.state_dict_type == StateDictType.FULL_STATE_DICT:
+            different = [key for key, value in state_dict.items() if value.shape != self._shapes.get(key, value.shape)]
+            if different:
+                print_log(f'left out, since the model has other shapes: {", ".join(different)}', logger='current', level=WARNING)
+            state_dict = {key: value for key, value in state_dict.items() if key not in different}
+        super().load_model_state_dict(state_dict, strict=strict, **kwargs)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         # mmengine passes these by position, in an order that torch has changed.
