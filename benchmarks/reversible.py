@@ -48,13 +48,16 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that came into being under this mode and still live, and their peak; on any device.
 
     Args:
-        ignore: tensors whose storages do not count.
+        parameters: they and their gradients do not count, nor does what has the shape of one, or of its transpose: gradients
+            on their way to a parameter. Image sizes should be such that no activation has.
     """
 
-    def __init__(self, ignore):
+    def __init__(self, parameters):
         super().__init__()
         self.now = self.peak = 0
-        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in ignore}
+        own = [tensor for parameter in parameters for tensor in (parameter, parameter.grad)]
+        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in own}
+        self.shapes = {shape for tensor in own for shape in (tensor.shape, tensor.shape[::-1])}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -62,8 +65,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
-                    self.known[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
+                    self.known[storage._cdata] = 0 if tensor.shape in self.shapes else storage.nbytes()
+                    self.now += self.known[storage._cdata]
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self.free, storage._cdata)
         return result
@@ -83,7 +86,7 @@ def memory(arch, columns, way, size):
             parameter.data.fill_(0.5 if 'alpha' in name else 0.01)
             parameter.grad = torch.zeros_like(parameter)
         image = torch.randn(1, 3, size, size)
-        with LiveBytes([tensor for parameter in net.parameters() for tensor in (parameter, parameter.grad)]) as live:
+        with LiveBytes(list(net.parameters())) as live:
             loss = sum(feature.sum() for feature in net(image))
             gc.collect()
             kept = live.now
@@ -208,7 +211,7 @@ def plot(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--size', type=int, default=128, help='image size of the memory measurement (default: 128)')
+    parser.add_argument('--size', type=int, default=160, help='image size of the memory measurement (default: 160)')
     parser.add_argument('--repeats', type=int, default=7, help='rounds of the time measurement (default: 7)')
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -220,7 +223,7 @@ def main():
     for arch in ('tiny', 'base'):  # S has T's widths and depths
         results['memory'][arch] = {
             way: [(count, *memory(arch, count, way, args.size)) for count in counts]
-            for way in track(('plain', 'checkpoint', 'reversible'), f'memory, {arch}', transient=True)}
+            for way in track(WAYS, f'memory, {arch}', transient=True)}
         for what, index in (('kept', 1), ('peak', 2)):
             slopes = {way: slope([(row[0], row[index]) for row in rows]) for way, rows in results['memory'][arch].items()}
             results['slope_of_plain'][f'{arch}, {what}'] = {way: value / slopes['plain'] for way, value in slopes.items()}
@@ -230,7 +233,7 @@ def main():
                                 for way, (forward, step) in times.items()}
     results['gradient_error'] = {
         way: [(gamma, count, gradient_error(count, gamma, way)) for gamma in (0.5, 0.1) for count in counts]
-        for way in track(('plain', 'naive', 'reversible'), 'gradient error', transient=True)}
+        for way in track(WAYS, 'gradient error', transient=True)}
     if args.device == 'cuda':
         results['cuda'] = cuda_steps(print)
     RESULTS.mkdir(exist_ok=True)

@@ -79,9 +79,17 @@ class TestExact:
         net = build(dict(WIDER, num_columns=columns), gamma, layer_scale)
         assert compare(net, torch.randn(2, 3, 64, 64)) <= TOLERANCE
 
-    @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
-    def test_gradients_are_those_of_plain_autograd_at_real_widths(self, arch):
-        assert compare(build(arch, 'random', layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
+    @pytest.mark.parametrize('seed', [0, 5, 11])
+    @pytest.mark.parametrize('columns', [16, 32])
+    def test_where_nothing_is_a_power_of_two(self, columns, seed):
+        # Division by 0.5 rounds nothing, and at most random γ the next column is an anchor: here twelve are rebuilt in a row.
+        net = build(dict(WIDER, num_columns=columns), 0.51, layer_scale=True, seed=seed)
+        image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        assert compare(net, image) <= TOLERANCE
+
+    @pytest.mark.parametrize('arch, gamma', [('tiny', 'random'), ('small', 'random'), ('base', 'random'), ('base', 0.51)])
+    def test_gradients_are_those_of_plain_autograd_at_real_widths(self, arch, gamma):
+        assert compare(build(arch, gamma, layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
 
     def test_at_64_columns_the_error_is_that_of_float32_itself(self):
         ours, plain = [], []
@@ -143,7 +151,7 @@ class TestExact:
         assert net.drift > 1e-2
         monkeypatch.undo()
         sum(feature.sum() for feature in net(image)).backward()
-        assert net.drift < 1e-3
+        assert net.drift < 1e-4
 
     def test_the_extra_path_of_huge_is_exact(self):
         assert compare(build(dict(NARROW, deep_to_shallow=True), 'random', layer_scale=True),
@@ -155,8 +163,8 @@ class TestConstantMemory:
     @pytest.mark.parametrize('arch', ['tiny', 'base'])  # S has T's widths and depths
     def test_memory_does_not_grow_with_the_columns(self, arch):
         # A plain step is linear in the columns to the byte, so that two points give its slope.
-        plain = [(count, *memory(arch, count, 'plain', 96)) for count in (4, 8)]
-        ours = [(count, *memory(arch, count, 'reversible', 96)) for count in (4, 8, 16, 32)]
+        plain = [(count, *memory(arch, count, 'plain', 112)) for count in (4, 8)]
+        ours = [(count, *memory(arch, count, 'reversible', 112)) for count in (4, 8, 16, 32)]
         for what, index in (('between forward and backward', 1), ('at the peak', 2)):
             ratio = slope([(row[0], row[index]) for row in ours]) / slope([(row[0], row[index]) for row in plain])
             assert abs(ratio) <= 0.01, what
