@@ -362,6 +362,17 @@ class TestComplete:
         ours, theirs = (module.subnet2.level1.blocks[0].pwconv1.weight.grad for module in (net, plain))
         assert torch.allclose(ours, 3 * theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
+    def test_a_compiled_network_trains_reversibly(self):
+        net = build(gamma=0.5, layer_scale=True)
+        image = torch.randn(1, 3, 64, 64)
+        weights = loss_weights(net, image)
+        expected = gradients(net, image, weights, False)
+        net.reversible = True
+        features = torch.compile(net, backend='eager')(image)
+        sum((feature * weight).sum() for feature, weight in zip(features, weights)).backward()
+        actual = {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
+        assert worst_error(dict(actual, image=expected['image']), expected) <= TOLERANCE
+
     def test_copies_train_on_their_own(self):
         net = build(reversible=True)
         image = torch.randn(1, 3, 64, 64)

@@ -9,7 +9,7 @@ model = dict(
     backbone=dict(
         type='RevCol',
         arch=dict(channels=(16, 32, 64, 128), depths=(1, 1, 2, 1), num_columns=4),
-        # At this size and schedule the released initialisation (LayerScale 1e-6, std 0.02) has hardly begun to learn.
+        # Not the release's LayerScale 1e-6 and standard deviation 0.02, which suit long schedules (docs/demo.md has a trial).
         layer_scale_init_value=1.0,
         reversible=True,
         init_cfg=dict(type='Kaiming', layer=['Conv2d', 'Linear'])),
