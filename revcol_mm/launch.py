@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import os
 import os.path as osp
+import re
 import subprocess
 import sys
 import warnings
@@ -18,10 +19,11 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint.safe import some
 from .configs import config_path
 
 #: Import name and PyPI name of the packages that a config's ``default_scope`` can name.
@@ -94,7 +96,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise LaunchError(_name_missing_package(error, args.config)) from error
     except FileNotFoundError as error:
         raise LaunchError(f'{args.config} inherits from a file that is not there: {error}') from error
-    except (SyntaxError, TypeError, KeyError, AttributeError, NameError) as error:
+    except (SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError, OSError) as error:  # OSError: no .py file
         raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
     if args.cfg_options is not None:
         try:
@@ -171,10 +173,11 @@ def _set_mmpretrain_dataloaders(cfg: Config) -> None:
 
 
 def _set_resume(cfg: Config, resume: Optional[str]) -> None:
-    if resume == 'auto':
-        cfg.resume, cfg.load_from = True, None
+    if resume == 'auto' and find_latest_checkpoint(cfg.work_dir) is None:
+        start = f'from the weights of {cfg.load_from}' if cfg.get('load_from') else 'from the beginning'
+        print(f'--resume auto: no checkpoint of this run in {cfg.work_dir}, so the training starts {start}')
     elif resume is not None:
-        cfg.resume, cfg.load_from = True, resume
+        cfg.resume, cfg.load_from = True, None if resume == 'auto' else resume
 
 
 def _set_auto_scale_lr(cfg: Config, path: str) -> None:
@@ -334,6 +337,30 @@ def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> 
     return text
 
 
+def check_pretrained(cfg: Config, config: str) -> None:
+    """Looks for the local file of ``model.backbone.init_cfg``, which a training needs, before anything is built.
+
+    Raises:
+        LaunchError: if it is not there; the message says how to make it, or where the config ``config`` has it from.
+    """
+    init_cfg = ((cfg.get('model') or {}).get('backbone') or {}).get('init_cfg')
+    path = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
+    source = f'the first lines of {config} and docs/model_zoo.md name'
+    padded = re.fullmatch(r'(.+)_k(\d+)\.pth', path or '')
+    remedy = f'Put the weights there that {source}'
+    if padded:
+        remedy = f'Pad the 3×3 weights that {source}: python tools/pad_kernels.py {padded[1]}.pth --size {padded[2]}'
+    key = 'model.backbone.init_cfg'
+    _check_exists(path, f'{key}.checkpoint', f'{remedy}. Another place: --cfg-options {key}.checkpoint=/path/to/weights.pth; '
+                  f'no pre-trained weights: --cfg-options {key}=None')
+
+
+def _check_exists(path: Optional[str], argument: str, remedy: str = '') -> None:
+    if path and not _is_remote(path) and not osp.exists(osp.expanduser(path)):
+        raise LaunchError(f'there is no checkpoint {path} (looked from {os.getcwd()}), which {argument} names'
+                          + f'. {remedy}' * bool(remedy))
+
+
 def check_checkpoint(path: Optional[str], argument: str) -> None:
     """Looks at a local checkpoint before anything is built. One of FSDP's is a folder.
 
@@ -343,8 +370,8 @@ def check_checkpoint(path: Optional[str], argument: str) -> None:
     """
     if not path or _is_remote(path) or osp.isdir(path):
         return
-    if not osp.exists(path):
-        raise LaunchError(f'there is no checkpoint {path} (looked from {os.getcwd()}), which {argument} names')
+    _check_exists(path, argument, 'Another place: --cfg-options load_from=/path/to/checkpoint.pth; without one: --cfg-options '
+                  'load_from=None' if argument == 'load_from' else '')
     content = read_checkpoint(path, map_location='meta', logger=None)
     keys = list(content) if isinstance(content, dict) else []
     if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
@@ -434,6 +461,22 @@ def _scaled(scale, factor: float):
 
 # Runs ------------------------------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def model_errors(cfg: Config) -> Iterator[None]:
+    """While the config's model is built.
+
+    Raises:
+        LaunchError: for settings that the model refuses, an unknown ``type`` among them, and for a config without a model.
+    """
+    if not cfg.get('model'):
+        raise LaunchError(f'{cfg.filename} has no model')
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = str(error.args[0] if error.args else type(error).__name__)
+        raise LaunchError(f'the model of {cfg.filename} cannot be built: {reason}') from error
+
+
 def build_runner(cfg: Config):
     """mmengine's Runner, or the one that the config's ``runner_type`` names."""
     if get_device() == 'cpu':
@@ -455,8 +498,9 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     if args.auto_scale_lr:
         _set_auto_scale_lr(cfg, args.config)
     _set_resume(cfg, args.resume)
-    check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
+    check_checkpoint(cfg.get('load_from'), '--resume' if args.resume not in (None, 'auto') else 'load_from')
     check_data(cfg, ('train', 'val'))
+    check_pretrained(cfg, args.config)
     try:
         build_runner(cfg).train()
     except ValueError as error:
@@ -476,11 +520,16 @@ def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
 
     Raises:
         LaunchError: for what the user can remedy.
+        CheckpointError: the checkpoint cannot be read, or does not fit the model.
     """
     args = parse_test_args(argv)
     cfg = load_config(args)
     scope = cfg.get('default_scope')
+    missing = [key for key in ('test_dataloader', 'test_evaluator') if not cfg.get(key)]
+    if missing:
+        raise LaunchError(f'{args.config} has no {" and no ".join(missing)}, so there is nothing to test on')
     cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
     check_checkpoint(args.checkpoint, 'the command line')
     check_data(cfg, ('test', ))
     if args.show or args.show_dir:
@@ -495,11 +544,36 @@ def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
         for evaluator in evaluators:
             evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg)
+    _load_strictly(runner)
     if dump:
         runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
     metrics = runner.test()
     _leave_process_group()
     return metrics
+
+
+def _load_strictly(runner) -> None:
+    """Makes a runner refuse a checkpoint of another model, of which it would load what fits.
+
+    mmengine's own comparison, since it knows the wrappers (DDP, FSDP, test-time augmentation), and weights that a model renames
+    or pads while it loads them.
+    """
+    load = runner.load_checkpoint
+
+    def load_strictly(filename: str, **kwargs):
+        try:
+            return load(filename, **dict(kwargs, strict=True))
+        except CheckpointError:
+            raise
+        except RuntimeError as error:
+            differences = []
+            for line in filter(None, map(str.strip, str(error).splitlines()[1:] or [str(error)])):
+                what, colon, names = line.partition(': ')
+                differences.append(f'{what}{colon}{some(names.split(", ")) if " key" in what else names}')
+            raise CheckpointError(f'{filename} does not fit the config\'s model: {"; ".join(differences[:4])}'
+                                  + '; …' * (len(differences) > 4)) from error
+
+    runner.load_checkpoint = load_strictly
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:

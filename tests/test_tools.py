@@ -258,9 +258,29 @@ def test_amp_resume_auto_scale_lr_and_cfg_options_mean_what_they_mean_in_mmdet(w
                   'auto_scale_lr.base_batch_size=32', 'model.test_cfg.rcnn.max_per_img=3'])
     cfg = seen[0]
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper' and cfg.optim_wrapper.loss_scale == 'dynamic'
-    assert cfg.resume is True and cfg.load_from is None
+    assert not cfg.resume and cfg.load_from is None  # nothing to go on from yet
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=32)
     assert cfg.model.test_cfg.rcnn.max_per_img == 3 and cfg.work_dir == 'w'
+
+
+def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_checkpoint_later(workshop, tmp_path, monkeypatch,
+                                                                                             capsys):
+    seen = []
+
+    class Runner:
+        def train(self):
+            pass
+
+    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or Runner())
+    torch.save(dict(state_dict={}), tmp_path / 'start.pth')
+    arguments = [str(workshop / 'detection.py'), '--resume', 'auto', '--work-dir', 'w', '--cfg-options', 'load_from=start.pth']
+    launch.train(arguments)
+    assert not seen[0].resume and seen[0].load_from == 'start.pth'
+    assert 'starts from the weights of start.pth' in capsys.readouterr().out
+    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_2.pth')
+    launch.train(arguments)
+    assert seen[1].resume is True and seen[1].load_from is None  # mmengine's runner reads last_checkpoint itself
 
 
 def test_a_tool_ends_with_one_sentence_and_status_1(workshop):
@@ -294,6 +314,39 @@ def test_a_missing_damaged_or_foreign_checkpoint_is_named(workshop, tmp_path):
         launch.test([config, 'released.pth'])
 
 
+def test_missing_pretrained_weights_are_named_with_the_way_to_them(workshop, detector):
+    config, key = str(workshop / 'detection.py'), 'model.backbone.init_cfg'
+    for path, remedy in (('checkpoints/net_k7.pth', 'python tools/pad_kernels.py checkpoints/net.pth --size 7'),
+                         ('checkpoints/net.pth', 'Put the weights there that the first lines of .*detection.py and docs/')):
+        options = ['--work-dir', 'w', '--cfg-options', f'{key}.type=Pretrained', f'{key}.checkpoint={path}']
+        with pytest.raises(launch.LaunchError, match=f'no checkpoint {path} .*{key}.checkpoint names.*{remedy}') as error:
+            launch.train([config, *options])
+        assert f'--cfg-options {key}.checkpoint=' in str(error.value) and f'--cfg-options {key}=None' in str(error.value)
+    with pytest.raises(launch.LaunchError, match='no checkpoint none.pth .*load_from names.*--cfg-options load_from=None'):
+        launch.train([config, '--cfg-options', 'load_from=none.pth'])
+    for runner in ('Runner', 'FlexibleRunner'):  # a test needs the whole model's weights alone
+        assert 'coco/bbox_mAP' in launch.test([config, str(detector[1]), *options, f'runner_type={runner}'])
+
+
+@pytest.mark.parametrize('arguments', [(), ('--tta', ), ('--cfg-options', 'runner_type=FlexibleRunner')])
+def test_a_checkpoint_of_another_model_is_not_tested(workshop, detector, tmp_path, arguments):
+    contents = torch.load(detector[1], weights_only=True)
+    weights = contents['state_dict']
+    weights['roi_head.bbox_head.other.weight'] = weights.pop('roi_head.bbox_head.fc_cls.weight')
+    weights['roi_head.bbox_head.fc_reg.bias'] = torch.zeros(8)
+    torch.save(contents, tmp_path / 'other.pth')
+    with pytest.raises(launch.CheckpointError, match='other.pth does not fit') as error:
+        launch.test([str(workshop / 'detection.py'), 'other.pth', '--work-dir', 'w', *arguments])
+    message = str(error.value)
+    assert all(f'roi_head.bbox_head.{name}' in message for name in ('other.weight', 'fc_cls.weight', 'fc_reg.bias'))
+    assert '\n' not in message
+
+
+def test_a_config_without_a_test_is_named():
+    with pytest.raises(launch.LaunchError, match='revcol_b_in22k.* no test_dataloader and no test_evaluator'):
+        launch.test(['revcol_b_in22k', 'x.pth'])
+
+
 def test_upernet_on_single_images_is_refused_with_the_remedy(workshop):
     with pytest.raises(launch.LaunchError, match='raise train_dataloader.batch_size'):
         launch.train([str(workshop / 'segmentation.py'), '--work-dir', 'w', '--cfg-options', 'train_dataloader.batch_size=1'])
@@ -314,6 +367,9 @@ def test_other_mistakes_are_named(workshop, tmp_path):
     (tmp_path / 'broken.py').write_text('model = dict(\n')
     with pytest.raises(launch.LaunchError, match='broken.py is not a valid config'):
         launch.train(['broken.py'])
+    (tmp_path / 'notes.txt').write_text('model = dict()\n')
+    with pytest.raises(launch.LaunchError, match='notes.txt is not a valid config'):
+        launch.train(['notes.txt'])
     with pytest.raises(launch.LaunchError, match='--auto-scale-lr'):
         launch.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
     torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
