@@ -4,6 +4,7 @@
 The config's ``default_scope`` says which. Results are JSON in COCO's format: ``images.json`` lists images and categories, and
 ``predictions.json`` what was found, so that ``COCO('images.json').loadRes('predictions.json')`` reads them.
 """
+import copy
 import glob
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import DATASETS, DefaultScope
@@ -26,7 +28,7 @@ from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.files import check_output, write_whole
 from .checkpoint.loading import check_finite, find_state_dict
 from .checkpoint.safe import some
-from .launch import PACKAGES, LaunchError, check_checkpoint
+from .launch import PACKAGES, LaunchError, check_checkpoint, model_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 TOP = 5  # classes that a classifier's JSON names per image
@@ -79,14 +81,19 @@ def build_inferencer(cfg: Config, checkpoint: str, device: Optional[str] = None,
         or Cityscapes').
 
     Raises:
-        LaunchError, CheckpointError: see :func:`load_weights`; also a config of another package.
+        LaunchError, CheckpointError: see :func:`load_weights`; also a config of another package, without a test pipeline, or
+            of a model that cannot be built, and a device that is not there.
     """
     scope = cfg.get('default_scope')
     if scope not in PACKAGES:
         raise LaunchError(f'default_scope={scope!r}: inference is for the packages {", ".join(PACKAGES)}')
     check_checkpoint(checkpoint, 'the command line')
     device = device or get_device()
-    with warnings.catch_warnings(), DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
+    check_device(device)
+    if not cfg.get('test_dataloader'):
+        cfg = _with_test_pipeline(cfg)
+    with warnings.catch_warnings(), model_errors(cfg), \
+            DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
         warnings.simplefilter('ignore')  # of random weights and other data sets' classes, both replaced below
         if scope == 'mmdet':
             from mmdet.apis import DetInferencer
@@ -115,13 +122,32 @@ def build_inferencer(cfg: Config, checkpoint: str, device: Optional[str] = None,
     return inferencer
 
 
+def check_device(device: str) -> None:
+    """Raises LaunchError for a device that is not there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
+        raise LaunchError(f'device {device!r} cannot be used: {str(error).splitlines()[0]}') from error
+
+
+def _with_test_pipeline(cfg: Config) -> Config:
+    """A config that is not tested (ImageNet-22K has no validation split), with its ``test_pipeline`` as a data loader's."""
+    if not (cfg.get('test_pipeline') and cfg.get('train_dataloader')):
+        raise LaunchError(f'{cfg.filename} does not say how images are prepared: it has neither a test_dataloader nor a '
+                          'test_pipeline beside its train_dataloader')
+    cfg = copy.deepcopy(cfg)
+    cfg.test_dataloader = dict(dataset=dict(cfg.train_dataloader.dataset, pipeline=cfg.test_pipeline))
+    return cfg
+
+
 def _classes_and_palette(cfg: Config, meta: dict, scope: str) -> Tuple[Optional[Sequence[str]], Optional[list]]:
     """The checkpoint's own, then those of the config's data set, then None."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    with DefaultScope.overwrite_default_scope(scope):
-        defaults = getattr(DATASETS.get(dataset.type), 'METAINFO', {})
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    defaults = getattr(kind, 'METAINFO', {})
     # OpenMMLab's checkpoints before mmengine have CLASSES and PALETTE in their meta itself.
     for source in (meta.get('dataset_meta') or {}, meta, dataset.get('metainfo') or {}, defaults):
         source = {str(key).lower(): value for key, value in source.items()}
@@ -153,7 +179,10 @@ def find_images(patterns: Sequence[str]) -> List[str]:
             raise FileNotFoundError(f'there is no image {pattern}' if not found else
                                     f'{pattern} holds no images ({", ".join(EXTENSIONS)})')
         paths += images
-    return list(dict.fromkeys(paths))
+    unique: Dict[str, str] = {}
+    for path in paths:
+        unique.setdefault(osp.abspath(path), path)
+    return list(unique.values())
 
 
 def read_image(path: str) -> np.ndarray:
@@ -257,6 +286,15 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 # Whole runs ------------------------------------------------------------------------------------------------------------------
 
+def check_folder(path: str) -> None:
+    """Raises LaunchError where a folder can neither be nor be made, because it, or one above it, is a file."""
+    existing = osp.abspath(path)
+    while not osp.lexists(existing):
+        existing = osp.dirname(existing)
+    if not osp.isdir(existing):
+        raise LaunchError(f'the output folder {path} cannot be made: {existing} is a file')
+
+
 @dataclass
 class Numbering:
     """Ids of images and categories: counted, or those of a COCO annotation file."""
@@ -264,19 +302,22 @@ class Numbering:
     categories: Dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def from_annotations(cls, path: str, classes: Sequence[str]) -> 'Numbering':
+    def from_annotations(cls, path: str, classes: Optional[Sequence[str]]) -> 'Numbering':
         """Ids by file name, and by the names of the model's classes.
 
         Raises:
-            LaunchError: the file is missing, no COCO annotations, or lacks one of the classes.
+            LaunchError: the file is missing, no COCO annotations, or lacks one of the classes, or these are unknown.
         """
+        if not classes:
+            raise LaunchError(f'the categories of {path} are found by name, and neither the checkpoint nor the data set of '
+                              "test_dataloader names the model's classes: add metainfo=dict(classes=(…)) to the data set")
         try:
             with open(path, encoding='utf-8') as file:
                 annotations = json.load(file)
             images = {osp.basename(image['file_name']): image['id'] for image in annotations['images']}
             ids = {category['name']: category['id'] for category in annotations['categories']}
-        except FileNotFoundError:
-            raise LaunchError(f'there is no annotation file {path}') from None
+        except OSError as error:
+            raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}') from None
         except (KeyError, TypeError, ValueError) as error:
             raise LaunchError(f'{path} holds no annotations in COCO format: {type(error).__name__}: {error}') from None
         if len(images) < len(annotations['images']):
@@ -328,7 +369,9 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
 
     Raises:
         CheckpointError: the outputs exist, or are inputs.
+        LaunchError: ``out`` is no folder.
     """
+    check_folder(out)
     numbering = numbering or Numbering()
     names = output_names(paths)
     inputs = {osp.realpath(path) for path in paths}

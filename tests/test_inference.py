@@ -17,8 +17,9 @@ from pycocotools.coco import COCO
 
 from revcol_mm import launch
 from revcol_mm.checkpoint import CheckpointError
+from revcol_mm.configs import config_path
 from revcol_mm.datasets import make_digits
-from revcol_mm.inference import build_inferencer, find_images, load_weights, output_names
+from revcol_mm.inference import _classes_and_palette, build_inferencer, find_images, load_weights, output_names, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = dict(detection='cascade_rcnn_revcol_nano_digits', segmentation='upernet_revcol_nano_digits',
@@ -191,6 +192,7 @@ def test_files_folders_and_globs_are_found(tmp_path):
     names = [str(tmp_path / name) for name in ('a.jpg', 'b.PNG', 'in[1]/d.jpg', 'inner/c.jpeg')]
     assert find_images([str(tmp_path)]) == names
     assert find_images([str(tmp_path / '**' / '*.jp*g'), names[0]]) == [names[0], names[2], names[3]]
+    assert find_images([names[0], str(tmp_path / 'inner' / '..' / 'a.jpg')]) == names[:1]
     with pytest.raises(FileNotFoundError, match='no image .*missing'):
         find_images([str(tmp_path / 'missing.jpg')])
     with pytest.raises(FileNotFoundError, match='holds no images'):
@@ -224,6 +226,71 @@ def test_classes_come_from_the_checkpoint_first(workshop, tmp_path):
     cfg = launch.load_config(infer.parse_args([config('classification'), 'x', 'y', '--out', 'z']))
     assert list(build_inferencer(cfg, str(tmp_path / 'named.pth'), 'cpu').classes) == names
     assert list(build_inferencer(cfg, str(workshop / 'classification.pth'), 'cpu').classes) == list('0123456789')
+
+
+@pytest.mark.parametrize('name, number', [('cascade_rcnn_revcol_t', 80), ('upernet_revcol_t', 150), ('revcol_t_in1k', 1000)])
+def test_classes_of_well_known_data_sets_need_not_be_named(name, number):
+    cfg = launch.load_config(launch.parse_test_args([config_path(name), 'x.pth']))
+    assert len(_classes_and_palette(cfg, {}, cfg.default_scope)[0]) == number
+    dataset = cfg.test_dataloader.dataset
+    dataset.type = f'{cfg.default_scope}.{dataset.type}'
+    assert len(_classes_and_palette(cfg, {}, 'mmengine')[0]) == number
+    dataset.type = 'BaseDataset'  # of mmengine, where no package has its own
+    assert _classes_and_palette(cfg, {}, 'mmdet') == (None, None)
+
+
+def test_categories_of_annotations_are_not_guessed(workshop, images, tmp_path):
+    annotations = workshop / 'digits' / 'annotations' / 'instances_val.json'
+    with pytest.raises(launch.LaunchError, match='instances_val.json.*metainfo'):
+        run(workshop, 'classification', images[0], '--out', tmp_path, '--ann-file', annotations,
+            '--cfg-options', 'test_dataloader.dataset.metainfo=None')
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_path):
+    cfg = launch.load_config(launch.parse_test_args([config_path('revcol_b_in22k'), 'x.pth']))
+    cfg.model.backbone.arch = dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=4)
+    cfg.model.head.update(num_classes=7, in_channels=(8, 8, 8, 8))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'net.pth')
+    inferencer = build_inferencer(cfg, str(tmp_path / 'net.pth'), 'cpu')
+    assert inferencer.classes is None and cfg.test_dataloader is None
+    assert predict(inferencer, images[:1], str(tmp_path / 'out'), draw=False).results == 5
+    assert next(iter(inferencer.preprocess(images[:1])))['inputs'][0].shape == (3, 224, 224)
+    cfg.test_pipeline = None
+    with pytest.raises(launch.LaunchError, match='neither a test_dataloader nor a test_pipeline'):
+        build_inferencer(cfg, str(tmp_path / 'net.pth'), 'cpu')
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (['--device', 'nosuch'], "device 'nosuch' cannot be used"),
+    (['--device', 'cuda:99'], "device 'cuda:99' cannot be used"),
+    (['--out', 'file'], 'output folder file cannot be made: .*file is a file'),
+    (['--out', 'file/inner/out'], 'output folder file/inner/out cannot be made: .*file is a file'),
+    (['--ann-file', '.'], r'annotation file \. cannot be read: Is a directory'),
+    (['--cfg-options', 'model.backbone.arch=giant'], "model of .* cannot be built: .*arch='giant'"),
+    (['--cfg-options', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
+    (['--cfg-options', 'model=None'], 'has no model'),
+])
+def test_mistakes_end_with_a_sentence(workshop, images, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), launch.plain_errors():
+        infer.main([config('classification'), str(workshop / 'classification.pth'), images[0], '--out', 'out', *arguments])
+    assert os.listdir(tmp_path) == ['file']
+
+
+@pytest.mark.parametrize('options, sentence', [
+    (['model.backbone.arch=giant'], "model of .* cannot be built: .*arch='giant'"),
+    (['model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
+    (['model=None'], 'has no model'),
+    (['default_scope=None', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
+])
+def test_mistakes_in_an_export_end_with_a_sentence(workshop, tmp_path, options, sentence):
+    with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), launch.plain_errors():
+        export_onnx.main([config('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx'),
+                          '--cfg-options', *options])
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize('name, checkpoint, sentence', [

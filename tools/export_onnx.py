@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from revcol_mm.export import SIZES, export_onnx  # noqa: E402
 from revcol_mm.inference import load_weights  # noqa: E402
-from revcol_mm.launch import LaunchError, check_checkpoint, load_config, plain_errors  # noqa: E402
+from revcol_mm.launch import LaunchError, check_checkpoint, load_config, model_errors, plain_errors  # noqa: E402
 from revcol_mm.models import RevCol  # noqa: E402
 
 
@@ -40,9 +40,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     check_checkpoint(args.checkpoint, 'the command line')
-    if cfg.get('data_preprocessor') and 'data_preprocessor' not in cfg.model:  # as mmpretrain's runner does
-        cfg.model.data_preprocessor = cfg.data_preprocessor
-    with DefaultScope.overwrite_default_scope(cfg.default_scope), warnings.catch_warnings():
+    with model_errors(cfg), DefaultScope.overwrite_default_scope(cfg.get('default_scope')), warnings.catch_warnings():
+        if cfg.get('data_preprocessor') and 'data_preprocessor' not in cfg.model:  # as mmpretrain's runner does
+            cfg.model.data_preprocessor = cfg.data_preprocessor
         warnings.simplefilter('ignore')  # what heads say about their losses matters for training
         model = MODELS.build(cfg.model)
     backbone = getattr(model, 'backbone', None)

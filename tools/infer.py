@@ -16,7 +16,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.inference import Numbering, build_inferencer, find_images, predict  # noqa: E402
+from revcol_mm.inference import Numbering, build_inferencer, check_folder, find_images, predict  # noqa: E402
 from revcol_mm.launch import load_config, plain_errors  # noqa: E402
 
 SOME_LEFT_OUT = 3
@@ -47,8 +47,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     paths = find_images(args.images)
+    check_folder(args.out)
     inferencer = build_inferencer(cfg, args.checkpoint, args.device, args.deploy)
-    numbering = Numbering.from_annotations(args.ann_file, inferencer.classes or ()) if args.ann_file else None
+    numbering = Numbering.from_annotations(args.ann_file, inferencer.classes) if args.ann_file else None
     console = Console(stderr=True)
     summary = predict(inferencer, paths, args.out, not args.no_pictures, args.score_thr, numbering, args.force,
                       lambda images: track(images, 'Inference', console=console))
