@@ -1,0 +1,96 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What README.md tells one to type: its settings reach places that are there, and its config says what its heading says."""
+import inspect
+import os.path as osp
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
+
+from revcol_mm import config_path, launch
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
+SMALL, = (text for language, text in BLOCKS if language == 'bash' and 'data/small/' in text)
+MINE, = (text for language, text in BLOCKS if language == 'python' and 'data/mine/' in text)
+
+
+def parse(script: str):
+    """Arguments of the block's command that runs this script, read by the script's own parser."""
+    commands = [shlex.split(line) for line in SMALL.replace('\\\n', ' ').splitlines()]
+    arguments, = (words[2:] for words in commands if words[1] == f'tools/{script}.py')
+    return getattr(launch, f'parse_{script}_args')(arguments)
+
+
+def find(node, path):
+    for key in path:
+        node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
+    return node
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The configs of the small run, with its settings."""
+    monkeypatch.chdir(ROOT)
+    return {script: launch.load_config(parse(script)) for script in ('train', 'test')}
+
+
+@pytest.mark.parametrize('script', ['train', 'test'])
+def test_settings_of_the_small_run_reach_places_that_are_there(small, script):
+    args = parse(script)
+    plain = Config.fromfile(ROOT / args.config)
+    for name, value in args.cfg_options.items():
+        *path, last = name.split('.')
+        place = find(plain, path)
+        # What a step of a pipeline leaves at its default is not in the config.
+        assert last in place or last in inspect.signature(TRANSFORMS.get(f'mmdet.{place.type}')).parameters, name
+        assert find(small[script], [*path, last]) == value
+
+
+def test_settings_of_the_small_run_reach_the_intended_steps(small):
+    choice = small['train'].train_dataloader.dataset.pipeline[3]
+    assert choice.type == 'RandomChoice' and choice.prob == [1, 0] and len(choice.transforms) == 2
+    resize, = choice.transforms[0]
+    assert resize.type == 'RandomChoiceResize' and resize.scales == [(256, 256)]
+    resize = small['test'].test_dataloader.dataset.pipeline[1]
+    assert resize.type == 'Resize' and resize.scale == (256, 256)
+
+
+def test_the_small_run_trains_without_validation_and_tests_what_it_has_trained(small):
+    train, test = small['train'], small['test']
+    assert train.val_cfg is train.val_dataloader is train.val_evaluator is train.model.backbone.init_cfg is None
+    assert parse('test').checkpoint == f'{train.work_dir}/epoch_{train.train_cfg.max_epochs}.pth'
+    dataset = test.test_dataloader.dataset
+    assert test.test_evaluator.ann_file == osp.join(dataset.data_root, dataset.ann_file)
+
+
+def test_the_config_of_ones_own_data_has_two_classes_everywhere_and_at_most_ten_lines(tmp_path):
+    (tmp_path / 'mine.py').write_text(MINE)
+    cfg, base = Config.fromfile(tmp_path / 'mine.py'), Config.fromfile(config_path('cascade_rcnn_revcol_t'))
+    assert len(MINE.splitlines()) <= 10
+    numbers = []
+
+    def compare(node, before):
+        """Numbers of classes are new, all else of the model is as it was."""
+        assert type(node) is type(before)
+        if isinstance(node, dict):
+            assert node.keys() == before.keys()
+            numbers.extend(value for key, value in node.items() if key == 'num_classes')
+            node, before = ([value for key, value in part.items() if key != 'num_classes'] for part in (node, before))
+        if not isinstance(node, (list, tuple)):
+            assert node == before
+            return
+        for value, other in zip(node, before, strict=True):
+            compare(value, other)
+
+    compare(cfg.model, base.model)
+    assert numbers == [2] * 4  # three stages of boxes, and the masks
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.metainfo.classes == ('cat', 'dog') and dataset.data_root == 'data/mine/'
+        assert dataset.pipeline == base[f'{split}_dataloader'].dataset.pipeline
+        if split != 'train':
+            assert cfg[f'{split}_evaluator'].ann_file == osp.join(dataset.data_root, dataset.ann_file)
