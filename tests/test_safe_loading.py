@@ -5,6 +5,7 @@ import http.server
 import itertools
 import os
 import pickle
+import re
 import threading
 import zipfile
 from argparse import Namespace
@@ -215,6 +216,49 @@ def test_safetensors_load_from_path_and_url_wherever_mmengine_loads(served):
         model = RevCol(NANO)
         load_checkpoint(model, address, strict=True)
         assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize('name', ['best.pth', 'best.safetensors', 'best.pth?download=true'])
+def test_files_of_the_same_name_from_two_addresses_are_kept_apart(served, tmp_path, name):
+    from safetensors.torch import save_file
+    folder, url = served
+    file = name.partition('?')[0]
+    for value, run in enumerate(('one', 'two')):
+        (folder / run).mkdir()
+        (save_file if 'safetensors' in name else torch.save)({'w': torch.full((2, ), float(value))}, folder / run / file)
+    for _ in range(2):
+        for value, run in enumerate(('one', 'two')):
+            assert read_checkpoint(f'{url}/{run}/{name}')['w'].tolist() == [value, value]
+        for run in ('one', 'two'):  # the second time they come from the cache
+            (folder / run / file).unlink(missing_ok=True)
+    cached = sorted(os.listdir(tmp_path / 'cache' / 'hub' / 'checkpoints'))
+    assert len(cached) == 2 and all(name.startswith('best-') and name.endswith(os.path.splitext(file)[1]) for name in cached)
+
+
+def test_the_log_says_how_and_from_where_a_download_comes(served, monkeypatch, capsys):
+    folder, url = served
+    torch.save({'w': torch.ones(1)}, folder / 'best.pth')
+    shown = []
+    monkeypatch.setattr('os.isatty', lambda file: True)
+    monkeypatch.setattr(torch.hub, 'tqdm', lambda *args, disable, _tqdm=torch.hub.tqdm, **settings: (
+        shown.append(not disable), _tqdm(*args, disable=True, **settings))[1])
+    lines = []
+    monkeypatch.setattr('mmengine.runner.checkpoint.print_log', lambda message, **_: lines.append(message))
+    read_checkpoint(f'{url}/best.pth')
+    assert shown == [True] and lines == [f'Loads checkpoint by http backend from path: {url}/best.pth']
+    assert f'Downloading {url}/best.pth to ' in capsys.readouterr().err
+
+
+def test_damaged_files_of_the_old_format_get_a_sentence(tmp_path):
+    path = tmp_path / 'old.pth'
+    torch.save(dict(model=RevCol(NANO).state_dict()), path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    key = list(re.finditer(rb'[0-9]{9,}', data))[-1]  # of a storage, which the weights refer to
+    for damaged in (*(data[:length] for length in range(1, len(data), 997)),
+                    data[:key.start()] + bytes(reversed(key[0])) + data[key.end():]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match='old.pth cannot be read as a checkpoint'):
+            read_checkpoint(str(path))
 
 
 class Asks:

@@ -1,14 +1,19 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Checkpoints are data: whatever a file holds, loading it runs no code of it, and what mmengine itself writes loads."""
+import hashlib
 import os
 import pickle
+import struct
+import sys
 import warnings
 from collections import OrderedDict
 from typing import Any, Dict, Iterable, Optional, Union
 from urllib.error import URLError
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from mmengine.dist import get_dist_info
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import scheduler
 from mmengine.runner import CheckpointLoader
@@ -76,17 +81,21 @@ def enable_safe_loading() -> None:
     so that no caller can pass ``weights_only=False``: mmengine's http backend does, and so does the loader of onedl-mmengine
     when the check refuses a file. The types that mmengine puts into checkpoints (HistoryBuffer, numpy's arrays and scalars,
     one-cycle schedulers) are allow-listed, without opening the door to ``getattr``. ``.safetensors`` files are served
-    wherever mmengine loads checkpoints. Called by ``import revcol_mm``; calling it again does no harm.
+    wherever mmengine loads checkpoints, and downloads of the same name from two URLs are kept apart. Called by
+    ``import revcol_mm``; calling it again does no harm.
     """
     if os.environ.pop(FORCE_NOT, None) is not None:
         warnings.warn(f'{FORCE_NOT} is ignored: checkpoints are loaded safely, and those of mmengine load all the same.')
     os.environ[FORCE] = '1'
     torch.serialization.add_safe_globals(_safe_globals())
-    CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=_load_local_safetensors, force=True)
-    CheckpointLoader.register_scheme(prefixes=r'https?://.*\.safetensors$', loader=_load_http_safetensors, force=True)
+    CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=load_from_safetensors, force=True)
+    CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
 
 
-def _load_local_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
+# mmengine's log shows what follows 'load_from_' in the names of these loaders.
+
+def load_from_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
+    """Raises CheckpointError if the file is none of this format, or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
@@ -95,12 +104,33 @@ def _load_local_safetensors(filename: str, map_location: Any = None) -> Dict[str
         raise CheckpointError(f'{filename}: not a safetensors file, or a damaged one ({error})') from None
 
 
-def _load_http_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
-    target = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(filename))
-    if not os.path.exists(target):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        torch.hub.download_url_to_file(filename, target, progress=False)
-    return _load_local_safetensors(target, map_location)
+def load_from_http(filename: str, map_location: Any = None) -> Any:
+    """Downloads into torch's cache, unless it is there, and loads. In a distributed run the first process downloads.
+
+    Raises:
+        URLError: it cannot be downloaded; also what loading a local file raises.
+    """
+    rank, world_size = get_dist_info()
+    if rank == 0:
+        _download(filename)
+    if world_size > 1:
+        torch.distributed.barrier()
+    path = _download(filename)  # of another machine's first process nothing is to be seen here
+    if path.endswith('.safetensors'):
+        return load_from_safetensors(path, map_location)
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _download(url: str) -> str:
+    """Path in torch's cache. The name tells files of the same name apart, such as two runs' ``best.pth``."""
+    stem, extension = os.path.splitext(os.path.basename(urlparse(url).path))
+    name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        print(f'Downloading {url} to {path}', file=sys.stderr)
+        torch.hub.download_url_to_file(url, path, progress=os.isatty(2))
+    return path
 
 
 def read_checkpoint(filename: str, map_location: Union[str, torch.device] = 'cpu', logger: Optional[str] = 'current') -> Any:
@@ -135,7 +165,11 @@ def read_checkpoint(filename: str, map_location: Union[str, torch.device] = 'cpu
                               ) from None
     except (CheckpointError, PermissionError):
         raise
-    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError, struct.error) as error:
+        if 'TorchScript' in str(error):  # torch's own words advise to run it
+            raise CheckpointError(f'{filename} is refused: it is a TorchScript archive, which is code, not data; nothing was '
+                                  'run. Save the state_dict() of the model that it was made from') from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
                               ) from None
