@@ -5,6 +5,7 @@ import torch
 from mmengine.logging import MMLogger
 
 from revcol_mm.checkpoint import CheckpointError, load_pretrained
+from revcol_mm.checkpoint.loading import check_weights
 from revcol_mm.models import RevCol
 
 NANO = dict(channels=[4, 6, 8, 10], depths=[1, 2, 1, 1], num_columns=3)
@@ -83,6 +84,14 @@ def test_half_precision_files_load_into_the_modules_own_dtype(tmp_path):
     assert torch.equal(model.stem[0].weight, weights()['stem.0.weight'].half().float())
 
 
+def test_integers_may_count_and_index_and_no_more():
+    check_weights({'stem.1.num_batches_tracked': torch.tensor(3), 'backbone.deployed': torch.tensor(True),
+                   'neck.attn.relative_position_index': torch.ones(2, dtype=torch.long)}, 'w.pth')
+    for key in ('neck.weight', 'head.fc.bias', 'weight', 'backbone.subnet0.alpha0', 'module.stem.pos_embed'):
+        with pytest.raises(CheckpointError, match=rf'{key} \(torch.int64\)'):
+            check_weights({key: torch.ones(2, dtype=torch.long)}, 'w.pth')
+
+
 def test_nothing_is_loaded_onto_the_meta_device(tmp_path, log):
     with torch.device('meta'):
         model = RevCol(NANO, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'absent.pth')))
@@ -105,6 +114,12 @@ def without(part):
     (lambda: weights(kernel_size=5), r'depthwise kernels of 5×5, RevCol of 3×3; build the model with kernel_size=5'),
     (lambda: weights(kernel_size=1), r'1×1, RevCol of 3×3; .*: python tools/pad_kernels.py \S+w.pth --size 3'),
     (lambda: {**weights(), 'stem.0.bias': torch.full((4, ), float('nan'))}, 'NaN or infinite values: stem.0.bias'),
+    *((lambda dtype=dtype: {key: value.to(dtype) for key, value in weights().items()},
+       rf'w.pth: \d+ weights are not dense ones of .*: stem.0.weight \({dtype}\)')
+      for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)),
+    (lambda: {**weights(), 'stem.0.bias': torch.ones(4).to_sparse()},
+     r'1 weights are not .*: stem.0.bias \(torch.float32, torch.sparse_coo\)'),
+    (lambda: {**weights(), 'stem.0.bias': torch.ones(4, device='meta')}, r'stem.0.bias \(torch.float32, without data\)'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_what_does_not_fit_completely_is_an_error_and_changes_nothing(tmp_path, contents, sentence):
     torch.save(contents(), tmp_path / 'w.pth')

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, publish_checkpoint, read_checkpoint
-from revcol_mm.models import RevCol
+from revcol_mm.models import RevCol, RevColC2f, RevColViT
 
 ROOT = Path(__file__).parents[1]
 SHAPES = json.loads(gzip.decompress((ROOT / 'tests' / 'data' / 'official_state_dict_shapes.json.gz').read_bytes()))
@@ -319,7 +319,12 @@ def spoil(name, value):
 
 @pytest.mark.parametrize('change, sentence', [
     (remove('.level3.'), r'no blocks of the levels \[3\]'),
-    (remove('subnet2.'), 'weights missing: subnet2.alpha0'),
+    (remove('subnet2.'), 'its columns have the numbers 0, 1, 3, where 0, 1, … without gaps are expected'),
+    (remove('subnet1.alpha'), '4 weights missing: subnet1.alpha0'),
+    (spoil('subnet9.alpha0', torch.zeros(1)), 'its columns have the numbers 0, 1, 2, 3, 9, where'),
+    (spoil('cls.classifier.1.bias', torch.zeros(1000, dtype=torch.int8)), r'cls.classifier.1.bias \(torch.int8\)'),
+    (spoil('cls.classifier.1.bias', torch.zeros(1000).to_sparse()), 'cls.classifier.1.bias .*sparse_coo'),
+    (spoil(7, torch.zeros(1)), 'names are no text: 7'),
     (spoil('subnet1.level0.blocks.0.dwconv.weight', torch.zeros(4, 1, 5, 5)), 'kernels of mixed sizes'),
     (spoil('subnet1.alpha1', torch.full((1, 8, 1, 1), float('nan'))), 'NaN or infinite values: subnet1.alpha1'),
     (spoil('subnet1.alpha1', torch.zeros(1, 9, 1, 1)), '1 weights of another shape: subnet1.alpha1'),
@@ -348,8 +353,62 @@ def test_a_config_that_does_not_fit_is_refused_with_the_names(tmp_path):
             import_main([save(dict(model=weights), tmp_path / 'released.pth'), '--config', plain])
     with pytest.raises(SystemExit, match='missing in the file: neck.lateral_convs'):
         import_main([save(dict(model=official('tiny', heads=None)), tmp_path / 'r.pth'), '--config', detector_config(tmp_path)])
-    with pytest.raises(SystemExit, match='config absent.py does not exist'):
-        import_main([str(tmp_path / 'r.pth'), '--config', 'absent.py'])
+
+
+@pytest.mark.parametrize('text, sentence', [
+    (None, 'there is no config .*config.py'), ('model = dict(', 'config.py is not a valid config: SyntaxError'),
+    ('a = 1', "config.py is no config of a model: there is no 'model' in it"),
+    ("model = dict(type='Nothing')", 'the model of .*config.py cannot be built: KeyError: .*Nothing'),
+    ("default_scope = 'mmpretrain'\nmodel = dict(type='ImageClassifier', backbone=dict(type='RevCol'), "
+     "head=dict(type='LinearClsHead'))", 'the model of .*config.py cannot be built: TypeError: .*num_classes'),
+], ids=['absent', 'syntax', 'no model', 'unknown type', 'missing argument'])
+def test_a_config_that_is_none_gets_a_sentence(tmp_path, text, sentence):
+    path = save(dict(model=official('tiny')), tmp_path / 'r.pth')
+    if text:
+        (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(SystemExit, match=f'error: {sentence}|error: .*{sentence}'):
+        import_main([path, '--config', str(tmp_path / 'config.py')])
+    assert not (tmp_path / 'r_mm.pth').exists()
+
+
+def test_our_configs_go_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save(dict(model=official('tiny')), tmp_path / 'r.pth')
+    with pytest.raises(SystemExit, match='r.pth does not fit .*revcol_t_in1k_no_supervision.py: .* of another shape: '):
+        import_main([path, '--config', 'revcol_t_in1k_no_supervision'])
+
+
+@pytest.mark.parametrize('contents, sentence', [
+    (dict(meta=5), "its 'meta' is a int where a dict is expected"),
+    (dict(meta=dict(dataset_meta=5)), "'dataset_meta' of its 'meta' is a int")])
+def test_a_meta_of_another_form_gets_a_sentence(tmp_path, contents, sentence):
+    path = save(dict(contents, state_dict=mmseg0()['state_dict']), tmp_path / 'seg.pth')
+    for refuse in (lambda: import_main([path]), lambda: publish_main([path])):
+        with pytest.raises(SystemExit, match=f'error: .*seg.pth: {sentence}'):
+            refuse()
+    if contents['meta'] == 5:
+        with pytest.raises(SystemExit, match=f'error: .*seg.pth: {sentence}'):
+            import_main([path, '--to-official'])
+    assert os.listdir(tmp_path) == ['seg.pth']
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_the_authors_names_are_not_turned_into_themselves(tmp_path, prefix):
+    path = save(dict(model={prefix + name: value for name, value in official('tiny').items()}), tmp_path / 'r.pth')
+    with pytest.raises(SystemExit, match="r.pth holds nothing under 'backbone.': its names are the authors' already"):
+        import_main([path, '--to-official'])
+    assert os.listdir(tmp_path) == ['r.pth']
+
+
+def test_what_else_is_left_out_is_reported(tmp_path, capsys):
+    weights = official('tiny')
+    path = save(dict(model=weights, state_dict_ema=weights, optimizer={}, epoch=3), tmp_path / 'train.pth')
+    import_main([path, '--dry-run'])
+    assert 'dropped:     0; state_dict_ema (averaged weights: --ema takes them); optimizer; epoch\n' in capsys.readouterr().out
+    import_main([path, '--dry-run', '--ema'])
+    assert 'dropped:     0; model; optimizer; epoch\n' in capsys.readouterr().out
+    import_main([save(dict(weights, epoch=3), tmp_path / 'bare.pth'), '--dry-run'])
+    assert 'dropped:     0; epoch\n' in capsys.readouterr().out
 
 
 def test_outputs_are_never_replaced_unasked_and_a_dry_run_writes_nothing(tmp_path):
@@ -429,6 +488,33 @@ def test_publishing_as_safetensors(tmp_path):
     path, sidecar, description = publish_checkpoint(save(mmseg0(), tmp_path / 'seg.pth'), str(tmp_path / 'seg.safetensors'))
     assert path.endswith('.safetensors') and sidecar.endswith('.json') and description['num_classes'] == 150
     load_strictly(segmentor_config(tmp_path), path)
+
+
+@pytest.mark.parametrize('backbone', [
+    RevColViT(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=2, num_columns=2), img_size=32),
+    RevColC2f(dict(channels=(4, 6, 8, 10), depths=(1, 1, 1, 1), num_columns=2))], ids=lambda value: type(value).__name__)
+def test_models_with_our_other_backbones_are_published_with_less_of_a_description(tmp_path, backbone):
+    weights = {f'backbone.{name}': value for name, value in backbone.state_dict().items()}
+    weights['head.cls.classifier.1.weight'] = torch.ones(5, 8)
+    contents = dict(state_dict=weights, optimizer={}, meta=dict(epoch=2, dataset_meta=dict(classes=tuple('abcde'))))
+    path, _, description = publish_checkpoint(save(contents, tmp_path / 'run.pth'), str(tmp_path / 'other.pth'))
+    published = read_checkpoint(path)
+    assert set(published) == {'meta', 'state_dict'} and list(published['state_dict']) == list(weights)
+    assert published['meta'] == contents['meta']
+    assert (description['task'], description['num_classes'], description['trained']) == ('classification', 5, dict(epoch=2))
+    assert description['classes'] == list('abcde') and 'arch' not in description and 'kernel_size' not in description
+    assert description['backbone_parameters'] == sum(parameter.numel() for parameter in backbone.parameters())
+    weights['backbone.subnet0.alpha0'] = weights['backbone.subnet0.alpha0'] * float('nan')
+    with pytest.raises(CheckpointError, match='NaN or infinite values: backbone.subnet0.alpha0'):
+        publish_checkpoint(save(contents, tmp_path / 'run.pth'))
+
+
+def test_publishing_writes_two_formats_and_no_other(tmp_path):
+    path = save(mmseg0(), tmp_path / 'seg.ckpt')
+    with pytest.raises(SystemExit, match='pub.txt ends in .txt, where .pth or .safetensors is expected'):
+        publish_main([path, '--out', str(tmp_path / 'pub.txt')])
+    assert os.listdir(tmp_path) == ['seg.ckpt']
+    assert publish_checkpoint(path)[0].endswith('.pth')
 
 
 def test_publishing_refuses_with_a_sentence_and_leaves_nothing(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_several_sizes_a_report_and_a_dry_run(checkpoint, tmp_path, capsys):
         assert entry['size'] == size and sorted(entry['kernels']['model']) == sorted(kernels(revcol().state_dict()))
 
 
+@pytest.mark.parametrize('arguments', [
+    ['ckpt.pth', '--size', '7', '5'], ['--size', '7', '5', 'ckpt.pth'], ['--size', '7', '5', '--seed', '1', 'ckpt.pth'],
+    ['--seed', '1', 'ckpt.pth', '--size', '7', '5'], ['--size', '7', '5', 'ckpt.pth', '--seed', '1'], ], ids=' '.join)
+def test_options_and_the_checkpoint_come_in_any_order(arguments):
+    args = pad_kernels.parse_args(arguments)
+    assert (args.checkpoint, args.size) == ('ckpt.pth', [7, 5])
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (['--size', '7'], 'a checkpoint and a kernel size'), (['--size', 'ckpt.pth'], 'a checkpoint and a kernel size'),
+    (['ckpt.pth', '--size', 'seven'], 'seven is no kernel size'), (['ckpt.pth'], '--size')], ids=str)
+def test_a_missing_or_wrong_size_is_a_matter_of_usage(arguments, sentence, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        pad_kernels.parse_args(arguments)
+    assert sentence in capsys.readouterr().err
+
+
 # Training checkpoints
 
 
@@ -314,6 +332,15 @@ def test_optimizer_states_by_name_are_padded(tmp_path):
     assert all(moments[name]['exp_avg'].shape == kernel.shape for name, kernel in kernels(padded['state_dict']).items())
 
 
+@pytest.mark.parametrize('optimizer', [
+    dict(state=[1], param_groups=[]), dict(state={0: dict(m=torch.ones(4, 1, 3, 3))}, param_groups=[3]), 5, torch.ones(2)],
+    ids=['state', 'param_groups', 'number', 'tensor'])
+def test_an_optimizer_of_another_form_is_left_out_loudly(optimizer):
+    weights = {**revcol().state_dict(), 'neck.weight': torch.ones(4, 1, 3, 3)}
+    padded, report = pad_checkpoint(dict(model=weights, optimizer=optimizer), 5)
+    assert 'optimizer' not in padded and 'WITHOUT the optimizer state' in report.notes[0]
+
+
 def test_where_moments_cannot_be_told_apart_the_optimizer_is_left_out_loudly(tmp_path, capsys):
     train(tmp_path / 'run', neck=True)
     pad_kernels.main([str(tmp_path / 'run' / 'epoch_1.pth'), '--size', '5'])
@@ -403,6 +430,41 @@ def of_integers(weights):
     weights.update({key: value.to(torch.int8) for key, value in kernels(weights).items()})
 
 
+def with_bad_averages(weights):
+    average = dict(weights, **{'stem.0.bias': torch.full((4, ), float('nan'))})
+    return dict(model=weights, state_dict_ema=average)
+
+
+def with_wide_averages(weights):
+    key = 'subnet0.level0.blocks.0.dwconv.weight'
+    return dict(model=weights, state_dict_ema=dict(weights, **{key: torch.zeros(5, 1, 3, 3)}))
+
+
+def with_a_far_column(weights):
+    weights['subnet999999.alpha0'] = torch.zeros(1, 4, 1, 1)
+
+
+def with_a_far_block(weights):
+    weights['subnet0.level1.blocks.999999.gamma'] = torch.zeros(6)
+
+
+def with_many_columns_of_many_blocks(weights):
+    weights.update({f'subnet{column}.alpha0': torch.zeros(()) for column in range(2, 2000)})
+    weights.update({f'subnet0.level0.blocks.{block}.gamma': torch.zeros(()) for block in range(1, 2000)})
+
+
+def too_wide(weights):
+    key = 'subnet0.level0.blocks.0.dwconv.weight'
+    weights[key] = torch.zeros(()).expand(2**40, 1, 3, 3)
+
+
+
+def script(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.jit.script(nn.Linear(1, 1)).save(path)
+
+
 BAD_FILES = [
     (garbage, 'cannot be read as a checkpoint'), (emptied, 'is empty'),
     *((truncated(length), 'cannot be read as a checkpoint') for length in (1, 100, 20000, -100, -1)),
@@ -411,7 +473,15 @@ BAD_FILES = [
     (saving(lambda weights: {'conv.weight': torch.ones(1)}), 'holds no RevCol'), (saving(mixed), 'kernels of mixed sizes'),
     (saving(not_finite), 'NaN or infinite values: subnet1.level2.blocks.0.pwconv1.weight'),
     (saving(without_a_level), r'no blocks of the levels \[2\]'),
-    (saving(without_a_weight), '1 weights missing: subnet1.level3.fusion.down.0.bias'), (saving(of_integers), 'torch.int8')]
+    (saving(without_a_weight), '1 weights missing: subnet1.level3.fusion.down.0.bias'), (saving(of_integers), 'torch.int8'),
+    (saving(with_bad_averages), 'state_dict_ema.*: 1 weights hold NaN or infinite values: stem.0.bias'),
+    (saving(with_wide_averages), 'has 5 channels in one place and 4 in another'),
+    (saving(with_a_far_column), 'its columns have the numbers 0, 1, 999999, where'),
+    (saving(with_a_far_block), 'its blocks of level 1 have the numbers 0, 999999, where'),
+    (saving(with_many_columns_of_many_blocks), r'weights for 2000 columns of \(2000, 1, 1, 1\) blocks'),
+    (saving(too_wide), 'no RevCol that can be built'),
+    (saving(lambda weights: weights.update({3: torch.ones(1)})), 'names are no text: 3'),
+    (script, 'is refused: it is a TorchScript archive')]
 
 
 @pytest.mark.parametrize('spoil, sentence', BAD_FILES, ids=[sentence for _, sentence in BAD_FILES])
@@ -420,7 +490,7 @@ def test_bad_files_get_a_sentence(checkpoint, tmp_path, spoil, sentence):
     before = sorted(os.listdir(tmp_path)), checkpoint.is_file() and sha(checkpoint)
     with pytest.raises(SystemExit, match=f'error: .*{sentence}') as refusal:
         pad_kernels.main([str(checkpoint), '--size', '7'])
-    assert 'ckpt.pth' in refusal.value.code and '\n' not in refusal.value.code
+    assert 'ckpt.pth' in refusal.value.code and '\n' not in refusal.value.code and 'weights_only' not in refusal.value.code
     assert before == (sorted(os.listdir(tmp_path)), checkpoint.is_file() and sha(checkpoint))
 
 
@@ -439,7 +509,10 @@ def test_bad_safetensors_get_a_sentence(tmp_path, contents):
     (['--size', '-5'], '3×3 already'), (['--size', '5', '4'], 'odd'), (['--size', '7', '--std', '-1'], '--std -1'),
     (['--size', '5', '7', '--out', 'x.pth'], "needs '{size}'"), (['--size', '5', '--out', 'no/such/folder.pth'], 'no folder'),
     (['--size', '5', '--out', 'ckpt.pth', '--force'], 'the input itself'), (['--size', '5', '--out', '.'], 'not a file'),
-    (['--size', '7', '--out', 'there.pth'], 'there.pth exists; --force')], ids=str)
+    (['--size', '7', '--out', 'there.pth'], 'there.pth exists; --force'),
+    (['--size', '7', '--seed', str(2**64)], f'--seed {2**64}: a seed has 64 bits'),
+    (['--size', '7', '--std', '1e39'], "ckpt.pth['model'], padded with --std 1e+39: 8 weights hold NaN or infinite"),
+    (['--size', '7', '--out', 'new.pth', '--report', './new.pth'], 'new.pth is named twice')], ids=str)
 def test_bad_arguments_get_a_sentence(checkpoint, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'there.pth').write_text('precious')
@@ -463,7 +536,7 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, di
     if disk == 'full':
         def open_full(path, mode):  # the kernel's own ENOSPC, while the real file appears as well
             open(path, mode).close()
-            return open('/dev/full', mode)
+            return open('/dev/full', 'wb')
         monkeypatch.setattr(files, 'open', open_full, raising=False)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10000, previous[1]))
@@ -474,6 +547,19 @@ def test_a_full_disk_leaves_nothing_behind(checkpoint, tmp_path, monkeypatch, di
         resource.setrlimit(resource.RLIMIT_FSIZE, previous)
         signal.signal(signal.SIGXFSZ, handler)
     assert os.listdir(tmp_path) == ['ckpt.pth']
+
+
+def test_two_writers_of_one_file_do_not_meet_and_it_gets_the_usual_permissions(tmp_path):
+    path = tmp_path / 'out.pth'
+    previous = os.umask(0o027)
+    try:
+        with files.write_whole(str(path)) as one, files.write_whole(str(path)) as two:
+            one.write(b'one')
+            two.write(b'two, which is complete first')
+    finally:
+        os.umask(previous)
+    assert path.read_bytes() == b'one' and os.listdir(tmp_path) == ['out.pth']
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize('interruption', [KeyboardInterrupt, SystemExit, CheckpointError])

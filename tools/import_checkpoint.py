@@ -15,12 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
+from revcol_mm.launch import LaunchError, load_config  # noqa: E402
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Import a checkpoint of the authors' release")
     parser.add_argument('checkpoint', help='path or URL: classifier, Cascade Mask R-CNN (mmdet 2) or UPerNet (mmseg 0.x)')
-    parser.add_argument('--config', help='config of the model that will load it: names and shapes are checked against it')
+    parser.add_argument('--config', help='config, or the name of one of ours, of the model that will load it: names and shapes '
+                        'are checked against it')
     parser.add_argument('--out', help='output, .pth or .safetensors. Default: NAME_mm.pth, or NAME_official.pth')
     parser.add_argument('--ema', action='store_true', help="take the averaged weights of the authors' training checkpoints")
     parser.add_argument('--to-official', action='store_true', help="the other way: to the authors' names and wrapping")
@@ -36,13 +38,13 @@ def run(args: argparse.Namespace) -> None:
     stem, extension = os.path.splitext(os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint)
     out = args.out or f'{stem}_{"official" if args.to_official else "mm"}{extension}'
     check_output(out, args.checkpoint, args.force)
-    if args.config and not os.path.isfile(args.config):
-        raise FileNotFoundError(f'config {args.config} does not exist')
+    config = load_config(argparse.Namespace(config=args.config, cfg_options=None, launcher='none', work_dir=None, local_rank=0)
+                         ) if args.config else None
     checkpoint = read_checkpoint(args.checkpoint, logger='silent')
     if args.to_official:
         converted, report = export_official(checkpoint, args.checkpoint), f"the authors' names: {args.checkpoint}"
     else:
-        converted, report = import_checkpoint(checkpoint, args.config, args.ema, args.checkpoint)
+        converted, report = import_checkpoint(checkpoint, config, args.ema, args.checkpoint)
     if not args.dry_run:
         with write_whole(out) as file:
             write_checkpoint(converted, file, out.endswith('.safetensors'))
@@ -54,7 +56,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     try:
         run(args)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, LaunchError, OSError) as error:
         sys.exit(f'error: {error}')
 
 

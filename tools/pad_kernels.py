@@ -11,7 +11,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Union
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
@@ -21,16 +21,33 @@ from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_who
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Pad the depthwise kernels of a RevCol checkpoint')
-    parser.add_argument('checkpoint', help='.pth or .safetensors: a backbone, a classifier, a detector, a segmentor; with '
+    parser.add_argument('checkpoint', nargs='?',
+                        help='.pth or .safetensors: a backbone, a classifier, a detector, a segmentor, with '
                         'averaged weights and optimizer state if it has them')
-    parser.add_argument('--size', type=int, nargs='+', required=True, metavar='K', help='new kernel sizes, odd; one file each')
+    parser.add_argument('--size', type=_size_or_name, nargs='+', required=True, metavar='K',
+                        help='new kernel sizes, odd; one file each')
     parser.add_argument('--out', help="output; '{size}' in it stands for the kernel size. Default: CHECKPOINT_kK.pth beside it")
     parser.add_argument('--std', type=float, default=1e-7, help='of the border (default: 1e-7)')
     parser.add_argument('--seed', type=int, default=0, help='of the border (default: 0)')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
     parser.add_argument('--dry-run', action='store_true', help='check and print, write nothing')
     parser.add_argument('--report', metavar='FILE', help='also write what was done as JSON')
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.checkpoint is None and isinstance(args.size[-1], str):  # --size 7 ckpt.pth
+        args.checkpoint = args.size.pop()
+    names = [size for size in args.size if isinstance(size, str)]
+    if names:
+        parser.error(f'argument --size: {names[0]} is no kernel size')
+    if args.checkpoint is None or not args.size:
+        parser.error('a checkpoint and a kernel size at least are required')
+    return args
+
+
+def _size_or_name(argument: str) -> Union[int, str]:
+    try:
+        return int(argument)
+    except ValueError:
+        return argument
 
 
 def output_name(args: argparse.Namespace, size: int) -> str:
@@ -53,8 +70,11 @@ def describe(report: PaddingReport, output: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     outputs = {size: output_name(args, size) for size in args.size}
-    for path in [*outputs.values(), *([args.report] if args.report else [])]:
+    paths = [*outputs.values(), *([args.report] if args.report else [])]
+    for path in paths:
         check_output(path, args.checkpoint, args.force)
+        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
+            raise CheckpointError(f'the output {path} is named twice; outputs and --report are different files')
     checkpoint = read_checkpoint(args.checkpoint, logger='silent')
     reports = {}
     with ExitStack() as files:  # all outputs appear together, or none

@@ -25,7 +25,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         path, sidecar, description = publish_checkpoint(args.checkpoint, args.out, args.force)
     except (CheckpointError, OSError) as error:
         sys.exit(f'error: {error}')
-    print(json.dumps(description, indent=2))
+    print(json.dumps(description, indent=2, default=str))
     print(f'written: {path}, {sidecar}')
 
 

@@ -49,8 +49,12 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
            if re.match(r'(stem|subnet\d+)\.', key[len(prefix):]) and key.startswith(prefix)}
     arch = _infer_arch(own, filename)
     in_channels = own['stem.0.weight'].shape[1] if 'stem.0.weight' in own and own['stem.0.weight'].dim() == 4 else 3
-    with torch.device('meta'):
-        expected = RevCol(arch, in_channels=in_channels, kernel_size=kernel_size).state_dict()
+    try:
+        with torch.device('meta'):
+            expected = RevCol(arch, in_channels=in_channels, kernel_size=kernel_size).state_dict()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f'{filename} holds no RevCol that can be built (taken for {arch}, kernels of {kernel_size}×'
+                              f'{kernel_size}): {error}') from None
     complaints = {'missing': [key for key in expected if key not in own],
                   'out of place': [key for key in own if key not in expected],
                   'of another shape': [key for key in own if key in expected and own[key].shape != expected[key].shape]}
@@ -63,17 +67,26 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
 
 
 def _infer_arch(own: Mapping[str, Tensor], filename: str) -> dict:
-    columns, depths, channels = 0, [0] * 4, [0] * 4
+    columns, blocks, channels = set(), [set() for _ in range(4)], [0] * 4
     for key, value in own.items():
         column = re.match(r'subnet(\d+)\.', key)
         block = re.match(r'subnet\d+\.level([0-3])\.blocks\.(\d+)\.', key)
-        columns = max(columns, int(column[1]) + 1) if column else columns
+        columns.update(column.groups() if column else ())
         if block:
-            depths[int(block[1])] = max(depths[int(block[1])], int(block[2]) + 1)
+            blocks[int(block[1])].add(block[2])
             if key.endswith('.dwconv.weight'):
                 channels[int(block[1])] = channels[int(block[1])] or value.shape[0]
     absent = [level for level in range(4) if not channels[level]]
     if absent:
         raise CheckpointError(f'{filename} holds a part of a RevCol only: no blocks of the levels {absent}')
-    return dict(channels=tuple(channels), depths=tuple(depths), num_columns=columns,
+    for what, numbers in (('columns', columns), *((f'blocks of level {level}', blocks[level]) for level in range(4))):
+        if numbers != {str(number) for number in range(len(numbers))}:
+            listed = some(sorted(numbers, key=lambda number: (len(number), number)), 20)
+            raise CheckpointError(f'{filename} holds an incomplete or inconsistent RevCol: its {what} have the numbers {listed}'
+                                  ', where 0, 1, … without gaps are expected')
+    depths = tuple(map(len, blocks))
+    if len(columns) * sum(depths) > len(own):  # or a small file could ask for a network of any size
+        raise CheckpointError(f'{filename} holds a part of a RevCol only: {len(own)} weights for {len(columns)} columns of '
+                              f'{depths} blocks')
+    return dict(channels=tuple(channels), depths=depths, num_columns=len(columns),
                 deep_to_shallow=any('.fusion.up2.' in key for key in own))

@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Writing checkpoints: whole or not at all, and the same bytes for the same contents."""
 import os
+import secrets
 from contextlib import contextmanager
 from typing import IO, Any, Iterator
 
@@ -19,9 +20,9 @@ def write_whole(path: str) -> Iterator[IO[bytes]]:
         CheckpointError: it cannot be written (no such folder, full disk, …).
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
+    temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(8)}.tmp')
     try:
-        with open(temporary, 'wb') as file:
+        with open(temporary, 'xb') as file:  # with the permissions of any new file, which mkstemp's have not
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
 from .backbone import Backbone, find_backbone
-from .loading import check_finite, find_state_dict, strip_module
+from .loading import check_weights, find_meta, find_state_dict, strip_module
 from .safe import CheckpointError, some
 
 # The authors' classification code has no 'backbone' and 'head' around its parts; mmpretrain has. Detectors (mmdet 2) and
@@ -36,7 +36,8 @@ class ImportReport:
         supervised: whether the file holds the heads of intermediate supervision.
         dtypes: number of weights of every dtype.
         renamed: {old name: new name} where they differ.
-        dropped: names of the file that the new one does not hold.
+        dropped: names of weights that the new file does not hold.
+        others: what else of the file it does not hold: optimizer, averaged weights, …
         missing: names of the config's model that the file does not hold (buffers that count batches).
     """
     task: str
@@ -47,6 +48,7 @@ class ImportReport:
     kept: int = 0
     renamed: Dict[str, str] = field(default_factory=dict)
     dropped: List[str] = field(default_factory=list)
+    others: List[str] = field(default_factory=list)
     missing: List[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -59,7 +61,7 @@ class ImportReport:
             f'classes:     {self.num_classes or "unknown"}',
             f'weights:     {self.kept} ({", ".join(f"{count} {name}" for name, count in self.dtypes.items())})',
             f'mapped:      {len(self.renamed)} new names' + (f' (such as {_arrows(self.renamed)})' if self.renamed else ''),
-            f'dropped:     {len(self.dropped)}{_by_part(self.dropped)}',
+            f'dropped:     {"; ".join([f"{len(self.dropped)}{_by_part(self.dropped)}", *self.others])}',
             f'missing:     {len(self.missing)}{_by_part(self.missing)}'))
 
 
@@ -80,8 +82,11 @@ def import_checkpoint(checkpoint: Any, config: Optional[Union[str, Config]] = No
         filename: for messages.
 
     Raises:
-        CheckpointError: no RevCol, an incomplete one, NaN weights, names of no known kind, or a config that does not fit.
+        CheckpointError: no RevCol, an incomplete one, unusable weights (see
+            :func:`~revcol_mm.checkpoint.loading.check_weights`), names of no known kind, a 'meta' of no known form, or a config
+            without a model that can be built, or whose model does not fit.
     """
+    meta = find_dataset_meta(checkpoint, filename)
     if ema:
         if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get('state_dict_ema'), Mapping):
             raise CheckpointError(f"{filename} holds no averaged weights ('state_dict_ema')")
@@ -90,7 +95,7 @@ def import_checkpoint(checkpoint: Any, config: Optional[Union[str, Config]] = No
         weights, wrapping = find_state_dict(checkpoint, filename)
     plain = strip_module(weights)
     find_backbone(plain, filename)
-    check_finite(plain, filename)
+    check_weights(plain, filename)
     names = _new_names(plain, filename)
     dropped = [old for old, new in names.items() if new is None]
     converted = OrderedDict((new, plain[old]) for old, new in names.items() if new is not None)
@@ -106,13 +111,15 @@ def import_checkpoint(checkpoint: Any, config: Optional[Union[str, Config]] = No
         missing = _compare(converted, expected, filename, config)
 
     backbone = find_backbone(converted, filename)
+    others = [key for key in checkpoint if key not in (wrapping, 'meta')] if wrapping else [
+        key for key in checkpoint if key not in weights]
     report = ImportReport(
-        _task(converted), backbone, next((converted[key].shape[0] - less for key, less in CLASSES if key in converted), None),
-        any(key.startswith('head.cls_blocks.') for key in converted),
-        dict(Counter(str(value.dtype).replace('torch.', '') for value in converted.values())), len(converted),
-        {old: names[old] for old in names if names[old] in converted and old != names[old]}, dropped, missing)
-    meta = dict(revcol_mm=dict(wrapping=wrapping, module=list(plain) != list(weights), dropped=bool(dropped), task=report.task))
-    return dict(meta={**meta, **_dataset_meta(checkpoint)}, state_dict=converted), report
+        find_task(converted), backbone, find_num_classes(converted),
+        any(key.startswith('head.cls_blocks.') for key in converted), count_dtypes(converted), len(converted),
+        {old: names[old] for old in names if names[old] in converted and old != names[old]}, dropped,
+        [f'{key} (averaged weights: --ema takes them)' if key == 'state_dict_ema' else str(key) for key in others], missing)
+    origin = dict(wrapping=wrapping, module=list(plain) != list(weights), dropped=bool(dropped), task=report.task)
+    return dict(meta=dict(revcol_mm=origin, **meta), state_dict=converted), report
 
 
 def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoint') -> Dict[str, Any]:
@@ -121,13 +128,20 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
     Also for classifiers trained here: ``{'model': …}`` with the names of the authors' classification code.
 
     Raises:
-        CheckpointError: no RevCol, or an incomplete one.
+        CheckpointError: no RevCol, an incomplete one, unusable weights, a 'meta' of no known form, or names that are the
+            authors' already.
     """
-    weights, _ = find_state_dict(checkpoint, filename)
+    weights = strip_module(find_state_dict(checkpoint, filename)[0])
     find_backbone(weights, filename)
-    origin = (checkpoint.get('meta') or {}).get('revcol_mm', {})
-    if _task(weights) in ('classification', 'backbone'):
-        names = {key: key.split('.', 1)[1] for key in weights}
+    check_weights(weights, filename)
+    if not any(key.startswith('backbone.') for key in weights):
+        raise CheckpointError(f"{filename} holds nothing under 'backbone.': its names are the authors' already, or of no known "
+                              f'kind ({some(weights)})')
+    origin = find_meta(checkpoint, filename).get('revcol_mm') or {}
+    if not isinstance(origin, Mapping):
+        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' is a {type(origin).__name__} where a dict is expected")
+    if find_task(weights) in ('classification', 'backbone'):
+        names = {key: key.partition('.')[2] for key in weights}
         unknown = [key for key, name in names.items() if CLASSIFIER_PARTS.get(_root(name)) != key.split('.')[0]]
         if unknown:
             raise CheckpointError(f"{filename}: no place in the authors' classification code for {some(unknown)}")
@@ -140,10 +154,25 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
 
 
 def model_shapes(config: Union[str, Config]) -> Dict[str, torch.Size]:
-    """Names and shapes of the weights of a config's model, built on the meta device."""
+    """Names and shapes of the weights of a config's model, built on the meta device.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot be built.
+    """
     config = Config.fromfile(config) if isinstance(config, str) else config
-    with DefaultScope.overwrite_default_scope(config.get('default_scope')), torch.device('meta'):
-        return {key: value.shape for key, value in MODELS.build(config.model).state_dict().items()}
+    if config.get('model') is None:
+        raise CheckpointError(f"{_name(config)} is no config of a model: there is no 'model' in it")
+    try:
+        with DefaultScope.overwrite_default_scope(config.get('default_scope')), torch.device('meta'):
+            return {key: value.shape for key, value in MODELS.build(config.model).state_dict().items()}
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        reason = (str(error).strip('"') or 'no reason given').splitlines()[0]
+        raise CheckpointError(f'the model of {_name(config)} cannot be built: {type(error).__name__}: {reason}') from error
+
+
+def _name(config: Union[str, Config]) -> str:
+    return config if isinstance(config, str) else config.filename or 'the config'
 
 
 def _new_names(weights: Mapping[str, Tensor], filename: str) -> Dict[str, Optional[str]]:
@@ -164,16 +193,33 @@ def _root(name: str) -> str:
     return 'subnet' if root.rstrip('0123456789') == 'subnet' else root
 
 
-def _task(weights: Mapping[str, Tensor]) -> str:
+def find_task(weights: Mapping[str, Tensor]) -> str:
+    """As in :class:`ImportReport`, from today's names."""
     roots = {key.split('.')[0] for key in weights}
     return next((task for task, heads in TASKS if roots & heads), 'backbone' if roots == {'backbone'} else 'other')
 
 
-def _dataset_meta(checkpoint: Any) -> Dict[str, Any]:
-    """Classes and palette: mmdet 2 and mmseg 0.x keep them in capitals, today's inferencers look for ``dataset_meta``."""
-    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
-    meta = meta if isinstance(meta, Mapping) else {}
-    if 'dataset_meta' in meta:
+def find_num_classes(weights: Mapping[str, Tensor]) -> Optional[int]:
+    """As in :class:`ImportReport`, from today's names."""
+    return next((weights[key].shape[0] - less for key, less in CLASSES if key in weights and weights[key].dim()), None)
+
+
+def count_dtypes(weights: Mapping[str, Tensor]) -> Dict[str, int]:
+    """As in :class:`ImportReport`."""
+    return dict(Counter(str(value.dtype).replace('torch.', '') for value in weights.values()))
+
+
+def find_dataset_meta(checkpoint: Any, filename: str) -> Dict[str, Any]:
+    """Classes and palette: mmdet 2 and mmseg 0.x keep them in capitals, today's inferencers look for ``dataset_meta``.
+
+    Raises:
+        CheckpointError: the checkpoint's 'meta', or 'dataset_meta' in it, is no dict.
+    """
+    meta = find_meta(checkpoint, filename)
+    if meta.get('dataset_meta') is not None:
+        if not isinstance(meta['dataset_meta'], Mapping):
+            kind = type(meta['dataset_meta']).__name__
+            raise CheckpointError(f"{filename}: 'dataset_meta' of its 'meta' is a {kind} where a dict is expected")
         return dict(dataset_meta=meta['dataset_meta'])
     found = {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key) is not None}
     return dict(dataset_meta=found) if found else {}
@@ -181,14 +227,13 @@ def _dataset_meta(checkpoint: Any) -> Dict[str, Any]:
 
 def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], filename: str, config: Any) -> List[str]:
     """Refuses what strict loading would refuse. Returns the missing counters of batches, which it does not need."""
-    where = config if isinstance(config, str) else config.filename or 'the config'
     counters = [key for key in expected if key not in weights and key.endswith('num_batches_tracked')]
     missing = [key for key in expected if key not in weights and key not in counters]
     surplus = [key for key in weights if key not in expected]
     shapes = [f'{key} {tuple(weights[key].shape)} instead of {tuple(shape)}' for key, shape in expected.items()
               if key in weights and weights[key].shape != shape]
     if missing or surplus or shapes:
-        raise CheckpointError(f'{filename} does not fit {where}: ' + '; '.join(
+        raise CheckpointError(f'{filename} does not fit {_name(config)}: ' + '; '.join(
             f'{len(names)} {word}: {some(names)}' for names, word in (
                 (missing, 'missing in the file'), (surplus, 'unknown to the config'), (shapes, 'of another shape')) if names))
     return counters

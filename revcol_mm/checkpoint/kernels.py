@@ -15,7 +15,7 @@ STD = 1e-7  # of the border; the paper's
 
 def kernels_of(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """The depthwise kernels of RevCol's blocks, (C, 1, k, k) each."""
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor) and KERNEL.fullmatch(key)}
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor) and KERNEL.fullmatch(str(key))}
 
 
 def kernel_size_of(kernels: Mapping[str, Tensor], filename: str) -> int:

@@ -14,22 +14,43 @@ from .safe import CheckpointError, read_checkpoint, some
 
 # Where the weights lie in a file, by who wrote it: mmengine and mmcv, then the authors' classification code.
 WRAPPINGS = ('state_dict', 'model')
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+WEIGHT = re.compile(r'(^|\.)(stem|subnet\d+)\.|(^|\.)(weight|bias)$')
+COUNTERS = ('num_batches_tracked', FOLDED)  # integers among the weights of every network
 
 
 def find_state_dict(checkpoint: Any, filename: str) -> Tuple[Dict[str, Tensor], Optional[str]]:
     """The weights inside of a checkpoint, and the key they lie under (None for a bare state dict).
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or some whose name is no text.
     """
     if isinstance(checkpoint, Mapping):
         for wrapping in (*WRAPPINGS, None):
-            weights = checkpoint if wrapping is None else checkpoint.get(wrapping)
-            if isinstance(weights, Mapping) and any(isinstance(value, Tensor) for value in weights.values()):
-                return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, wrapping
+            inside = checkpoint if wrapping is None else checkpoint.get(wrapping)
+            entries = inside.items() if isinstance(inside, Mapping) else ()
+            weights = {key: value for key, value in entries if isinstance(value, Tensor)}
+            nameless = [key for key in weights if not isinstance(key, str)]
+            if nameless:
+                raise CheckpointError(f'{filename} holds weights whose names are no text: {some(map(repr, nameless))}')
+            if weights:
+                return weights, wrapping
     found = f'the keys {some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
     raise CheckpointError(f"{filename} holds no weights: a state dict, {{'state_dict': …}} or {{'model': …}} is expected, and "
                           f'there is {found}')
+
+
+def find_meta(checkpoint: Any, filename: str) -> Mapping[str, Any]:
+    """What a checkpoint says about itself under 'meta'; {} if it says nothing.
+
+    Raises:
+        CheckpointError: it is no dict.
+    """
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    if not isinstance(meta, (Mapping, type(None))):
+        raise CheckpointError(f"{filename}: its 'meta' is a {type(meta).__name__} where a dict is expected")
+    return meta or {}
 
 
 def strip_module(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
@@ -68,8 +89,8 @@ def load_pretrained(module: nn.Module,
 
     Raises:
         FileNotFoundError, CheckpointError: the file cannot be read (see :func:`read_checkpoint`), holds nothing, or only a
-            part of the module, or weights of other shapes, or of other kernel sizes, or NaN or infinite ones. The module is
-            left as it was.
+            part of the module, or weights of other shapes, or of other kernel sizes, or unusable ones (see
+            :func:`check_weights`). The module is left as it was.
     """
     name = type(module).__name__
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -88,6 +109,7 @@ def load_pretrained(module: nn.Module,
     if not found:
         raise CheckpointError(f'{checkpoint} holds no weights of {name}' + (f' under {prefix!r}' if prefix else '') +
                               f': its names are {some(weights)}, and {name} looks for {some(own)}')
+    check_weights(found, checkpoint)
     if getattr(module, 'pad_pretrained', False):
         pad_on_load(module, found, '')
     if (FOLDED in inside) != (FOLDED in own):
@@ -102,7 +124,6 @@ def load_pretrained(module: nn.Module,
         sentences = [f'{len(lacking)} of {len(own)} weights of {name} are missing: {some(lacking)}'] if lacking else []
         sentences += [f'{len(surplus)} weights have no place in it: {some(surplus)}'] if surplus else []
         raise CheckpointError(f'{checkpoint} holds another backbone, or a part of one: {"; ".join(sentences)}')
-    check_finite(found, checkpoint)
 
     module.load_state_dict(found, strict=False)
     rest = Counter(key.split('.')[0] for key in weights if not (key.startswith(prefix) and key[len(prefix):] in found))
@@ -113,11 +134,31 @@ def load_pretrained(module: nn.Module,
               '; missing: ' + (', '.join(missing) or 'nothing'), logger='current')
 
 
-def check_finite(weights: Mapping[str, Tensor], filename: str) -> None:
-    """Raises CheckpointError, naming them, where weights are NaN or infinite."""
+def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
+    """Looks whether a network can compute with the weights.
+
+    They are dense, finite, and float16, bfloat16, float32 or float64. Integers are for counters, and for the tables of other
+    networks' buffers (Swin's ``relative_position_index``): not for what is inside of a RevCol, nor for weights and biases.
+
+    Raises:
+        CheckpointError: some are not so, naming them and their dtypes.
+    """
+    unfit = []
+    for key, value in weights.items():
+        integers_fit = key.split('.')[-1] in COUNTERS or not WEIGHT.search(key)
+        if value.layout != torch.strided or value.is_meta:
+            unfit.append(f'{key} ({value.dtype}, {"without data" if value.is_meta else value.layout})')
+        elif value.dtype not in FLOATS and not (value.dtype in INTEGERS and integers_fit):
+            unfit.append(f'{key} ({value.dtype})')
+    if unfit:
+        raise CheckpointError(f'{filename}: {len(unfit)} weights are not dense ones of float16, bfloat16, float32 or float64: '
+                              f'{some(unfit)}')
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}')
+
+
+check_finite = check_weights  # the name it had
 
 
 def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filename: str, name: str) -> None:

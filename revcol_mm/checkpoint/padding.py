@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbone import find_backbone
 from .kernels import KERNEL, STD, draw_border, kernel_size_of, kernels_of, pad_kernel
-from .loading import check_finite, find_state_dict
+from .loading import check_weights, find_state_dict
 from .safe import CheckpointError
 
 
@@ -62,12 +62,14 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
         tuple[Any, PaddingReport]: the padded checkpoint, which shares all other tensors with ``checkpoint``, and the report.
 
     Raises:
-        CheckpointError: no RevCol, an incomplete one, mixed kernel sizes, NaN weights, or a size that cannot be.
+        CheckpointError: no RevCol, an incomplete one, mixed kernel sizes, weights that are unusable before or after padding
+            (:func:`~revcol_mm.checkpoint.loading.check_weights`), or a size, std or seed that cannot be.
     """
-    weights, _ = find_state_dict(checkpoint, filename)
+    weights, wrapping = find_state_dict(checkpoint, filename)
     backbone = find_backbone(weights, filename)
     check_size(size, backbone.kernel_size, filename)
-    check_finite(weights, filename)
+    if not -2**63 <= seed < 2**64:
+        raise CheckpointError(f'--seed {seed}: a seed has 64 bits at most')
     if not 0 <= std < float('inf'):
         raise CheckpointError(f'--std {std}: a standard deviation is not negative, and finite')
 
@@ -75,35 +77,39 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
     generator, borders, done = torch.Generator().manual_seed(seed), {}, {}
 
     def pad(key: str, kernel: Tensor) -> Tensor:
-        if kernel.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise CheckpointError(f'{filename}: {key} is of dtype {kernel.dtype}; floating-point kernels can be padded')
         place = (kernel.untyped_storage().data_ptr(), kernel.storage_offset(), kernel.shape, kernel.stride())
         if place not in done:  # kernels that share memory go on sharing it
             name = KERNEL.fullmatch(key)['name']
             if name not in borders:  # the weights and their averages get the same border
                 borders[name] = draw_border(kernel.shape[0], size, std, generator)
+            if len(borders[name]) != len(kernel):
+                raise CheckpointError(f'{filename}: {key} has {len(kernel)} channels in one place and {len(borders[name])} in '
+                                      'another')
             padded = pad_kernel(kernel, borders[name])
             done[place] = nn.Parameter(padded, kernel.requires_grad) if isinstance(kernel, nn.Parameter) else padded
         return done[place]
 
     def pad_all(where: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        kernels = kernels_of(weights)
-        if kernel_size_of(kernels, f'{filename}[{where!r}]' if where else filename) != report.size_before:
+        kernels, place = kernels_of(weights), f'{filename}[{where!r}]' if where else filename
+        check_weights(find_state_dict(weights, place)[0], place)
+        if kernel_size_of(kernels, place) != report.size_before:
             raise CheckpointError(f'{filename} has kernels of mixed sizes: those of {where!r} are not '
                                   f'{report.size_before}×{report.size_before}')
+        larger = {key: pad(key, kernel) for key, kernel in kernels.items()}
+        check_weights(larger, f'{place}, padded with --std {std}')
         weights = copy.copy(weights)  # keeps torch's _metadata
-        weights.update({key: pad(key, kernel) for key, kernel in kernels.items()})
+        weights.update(larger)
         report.kernels[where] = list(kernels)
         return weights
 
-    if kernels_of(checkpoint):
+    if wrapping is None:
         padded = pad_all('', checkpoint)
     else:
         padded = copy.copy(checkpoint)
         for where, value in checkpoint.items():
             if isinstance(value, Mapping) and kernels_of(value):
                 padded[where] = pad_all(where, value)
-    if padded.get('optimizer'):
+    if padded.get('optimizer') is not None and padded['optimizer'] != {}:
         _pad_optimizer(padded, weights, report)
     if any(kernel.dtype == torch.float16 for kernel in kernels_of(weights).values()):
         report.notes.append('the weights are float16, whose smallest step is 6e-8: the border is rounded to multiples of it')
@@ -138,6 +144,8 @@ def _pad_moments(optimizer: Any, weights: Mapping[str, Tensor], report: PaddingR
         if not parts:
             raise _Unclear("there is no 'state' and 'param_groups' in it")
         return {**optimizer, **{key: _pad_moments(value, weights, report) for key, value in parts.items()}}
+    if not isinstance(optimizer['state'], Mapping):
+        raise _Unclear(f"its 'state' is a {type(optimizer['state']).__name__} where a dict is expected")
     kernels = kernels_of(weights)
     shapes = {kernel.shape for kernel in kernels.values()}
     others = [key for key, value in weights.items() if value.shape in shapes and key not in kernels]
@@ -163,4 +171,7 @@ def _pad_moments(optimizer: Any, weights: Mapping[str, Tensor], report: PaddingR
 
 
 def _names(groups: List[dict]) -> Dict[int, str]:
-    return {index: name for group in groups for index, name in zip(group['params'], group.get('param_names', ()))}
+    try:
+        return {index: str(name) for group in groups for index, name in zip(group['params'], group.get('param_names', ()))}
+    except (AttributeError, LookupError, TypeError):
+        raise _Unclear("its 'param_groups' are no list of dicts with 'params'") from None

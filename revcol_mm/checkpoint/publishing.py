@@ -3,22 +3,31 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
-from typing import Any, Dict, Mapping, Optional, Tuple
+from collections import OrderedDict
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
 from ..version import __version__
 from .files import check_output, write_checkpoint, write_whole
-from .importing import import_checkpoint
+from .importing import count_dtypes, find_dataset_meta, find_num_classes, find_task, import_checkpoint
+from .kernels import kernels_of
+from .loading import COUNTERS, check_weights, find_meta, find_state_dict, strip_module
 from .safe import CheckpointError, read_checkpoint
+
+EXTENSIONS = ('.pth', '.safetensors')
+BUFFERS = ('.running_mean', '.running_var', *COUNTERS)  # are no parameters
+COLUMN = re.compile(r'backbone\.subnet\d+\.')  # of any of our backbones, in a whole model
 
 
 def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Weights and metadata of a training checkpoint.
 
     Optimizer, schedulers, histories and second copies of the weights are left out. Of mmengine's two copies in a run with
-    averaging, ``state_dict`` is the averaged one, and stays.
+    averaging, ``state_dict`` is the averaged one, and stays. Models with another backbone of ours (RevColViT, RevColC2f) are
+    stripped too; their description tells neither size nor kernel size.
 
     Args:
         checkpoint: from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
@@ -30,16 +39,22 @@ def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> T
     Raises:
         CheckpointError: as :func:`~revcol_mm.checkpoint.import_checkpoint`.
     """
-    published, report = import_checkpoint(checkpoint, filename=filename)
-    meta = dict(checkpoint.get('meta') or {}) if isinstance(checkpoint, Mapping) else {}
+    weights, meta = strip_module(find_state_dict(checkpoint, filename)[0]), find_meta(checkpoint, filename)
+    if not kernels_of(weights) and any(COLUMN.match(key) for key in weights):
+        check_weights(weights, filename)
+        published, size = dict(meta=find_dataset_meta(checkpoint, filename), state_dict=OrderedDict(weights)), {}
+    else:
+        published, report = import_checkpoint(checkpoint, filename=filename)
+        size = dict(arch=report.backbone.arch, kernel_size=report.backbone.kernel_size)
     published['meta'] = {**{key: meta[key] for key in ('cfg', 'epoch', 'iter', 'seed') if key in meta}, **published['meta']}
-    dataset = published['meta'].get('dataset_meta') or {}
+    weights, classes = published['state_dict'], published['meta'].get('dataset_meta', {}).get('classes')
     description = dict(
-        task=report.task, arch=report.backbone.arch, kernel_size=report.backbone.kernel_size, num_classes=report.num_classes,
-        classes=list(dataset['classes']) if dataset.get('classes') else None,
-        backbone_parameters=sum(value.numel() for key, value in published['state_dict'].items() if key.startswith('backbone.')),
-        weights=report.kept, dtypes=report.dtypes, trained={key: meta[key] for key in ('epoch', 'iter') if key in meta},
-        revcol_mm=__version__, torch=torch.__version__)
+        task=find_task(weights), **size, num_classes=find_num_classes(weights),
+        classes=list(classes) if isinstance(classes, (list, tuple)) else None,
+        backbone_parameters=sum(value.numel() for key, value in weights.items()
+                                if key.startswith('backbone.') and not key.endswith(BUFFERS)),
+        weights=len(weights), dtypes=count_dtypes(weights),
+        trained={key: meta[key] for key in ('epoch', 'iter') if key in meta}, revcol_mm=__version__, torch=torch.__version__)
     return published, description
 
 
@@ -48,17 +63,22 @@ def publish_checkpoint(source: str, out: Optional[str] = None, force: bool = Fal
 
     Args:
         source: checkpoint.
-        out: name without the hash; ending in ``.pth`` or ``.safetensors``. Default: None, that of ``source``.
+        out: name without the hash; ending in ``.pth`` or ``.safetensors``, or without an ending. Default: None, that of
+            ``source``.
         force: replace files that exist. Default: False.
 
     Returns:
         tuple[str, str, dict]: path of the checkpoint, path of its description, and the description.
 
     Raises:
-        CheckpointError, FileNotFoundError: the source cannot be read or is no complete RevCol, or the output not written.
+        CheckpointError, FileNotFoundError: the source cannot be read or is no complete RevCol, or the output has another
+            ending, or cannot be written.
     """
     stem, extension = os.path.splitext(out or (os.path.basename(source) if '://' in source else source))
-    extension = extension or '.pth'
+    if extension not in EXTENSIONS:
+        if out and extension:
+            raise CheckpointError(f'the output {out} ends in {extension}, where .pth or .safetensors is expected')
+        extension = '.pth'
     folder = os.path.dirname(os.path.abspath(stem))
     if not os.path.isdir(folder):
         raise CheckpointError(f'the output {out} has no folder: {folder} does not exist')
@@ -74,6 +94,6 @@ def publish_checkpoint(source: str, out: Optional[str] = None, force: bool = Fal
             check_output(target, source, force)
         description.update(file=os.path.basename(path), sha256=digest)
         with write_whole(sidecar) as file:
-            file.write((json.dumps(description, indent=2) + '\n').encode())
+            file.write((json.dumps(description, indent=2, default=str) + '\n').encode())
             os.replace(draft, path)
     return path, sidecar, description
