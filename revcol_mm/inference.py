@@ -26,7 +26,7 @@ from torch import nn
 
 from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.files import check_output, write_whole
-from .checkpoint.loading import check_finite, find_state_dict
+from .checkpoint.loading import check_weights, find_meta, find_state_dict
 from .checkpoint.safe import some
 from .launch import PACKAGES, LaunchError, check_checkpoint, model_errors
 
@@ -48,11 +48,11 @@ def load_weights(model: nn.Module, checkpoint: str) -> Dict[str, Any]:
 
     Raises:
         LaunchError: there is no such file, or it is none of a whole model.
-        CheckpointError: it cannot be read, holds NaN, or weights of other names or shapes.
+        CheckpointError: it cannot be read, holds unusable weights, or some of other names or shapes.
     """
     check_checkpoint(checkpoint, 'the command line')
     contents = read_checkpoint(checkpoint, logger=None)
-    weights, _ = find_state_dict(contents, checkpoint)
+    weights, meta = find_state_dict(contents, checkpoint)[0], find_meta(contents, checkpoint)
     own = model.state_dict()
     counters = {key for key in own if key.endswith('.num_batches_tracked')}  # files from elsewhere may lack them
     problems = [f'{len(names)} {what}: {some(sorted(names))}' for what, names in (
@@ -61,9 +61,9 @@ def load_weights(model: nn.Module, checkpoint: str) -> Dict[str, Any]:
         ('have another shape', {key for key in set(own) & set(weights) if own[key].shape != weights[key].shape})) if names]
     if problems:
         raise CheckpointError(f'{checkpoint} does not fit the config\'s {type(model).__name__}: {"; ".join(problems)}')
-    check_finite(weights, checkpoint)
+    check_weights(weights, checkpoint)
     model.load_state_dict(weights, strict=False)
-    return contents.get('meta') or {}
+    return meta
 
 
 def build_inferencer(cfg: Config, checkpoint: str, device: Optional[str] = None, deploy: bool = False):
@@ -297,35 +297,45 @@ def check_folder(path: str) -> None:
 
 @dataclass
 class Numbering:
-    """Ids of images and categories: counted, or those of a COCO annotation file."""
+    """Ids of images and categories: counted, or those of a COCO annotation file, ``source``, by their names."""
     images: Dict[str, int] = field(default_factory=dict)
     categories: Dict[int, int] = field(default_factory=dict)
+    names: Dict[str, int] = field(default_factory=dict)
+    source: str = ''
 
     @classmethod
-    def from_annotations(cls, path: str, classes: Optional[Sequence[str]]) -> 'Numbering':
-        """Ids by file name, and by the names of the model's classes.
+    def from_annotations(cls, path: str) -> 'Numbering':
+        """Ids of images by file name, and of categories by name: :meth:`set_classes` says which of these the model knows.
 
         Raises:
-            LaunchError: the file is missing, no COCO annotations, or lacks one of the classes, or these are unknown.
+            LaunchError: the file is missing, or no COCO annotations.
         """
-        if not classes:
-            raise LaunchError(f'the categories of {path} are found by name, and neither the checkpoint nor the data set of '
-                              "test_dataloader names the model's classes: add metainfo=dict(classes=(…)) to the data set")
         try:
             with open(path, encoding='utf-8') as file:
                 annotations = json.load(file)
             images = {osp.basename(image['file_name']): image['id'] for image in annotations['images']}
-            ids = {category['name']: category['id'] for category in annotations['categories']}
+            names = {category['name']: category['id'] for category in annotations['categories']}
         except OSError as error:
             raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}') from None
         except (KeyError, TypeError, ValueError) as error:
             raise LaunchError(f'{path} holds no annotations in COCO format: {type(error).__name__}: {error}') from None
         if len(images) < len(annotations['images']):
             raise LaunchError(f'{path} has images of the same name in several folders, so names do not tell their ids')
-        missing = [name for name in classes if name not in ids]
+        return cls(images, names=names, source=path)
+
+    def set_classes(self, classes: Optional[Sequence[str]]) -> None:
+        """Finds the categories of the model's classes.
+
+        Raises:
+            LaunchError: the annotations lack one of the classes, or these are unknown.
+        """
+        if not classes:
+            raise LaunchError(f'the categories of {self.source} are found by name, and neither the checkpoint nor the data set '
+                              "of test_dataloader names the model's classes: add metainfo=dict(classes=(…)) to the data set")
+        missing = [name for name in classes if name not in self.names]
         if missing:
-            raise LaunchError(f'{path} has no categories {some(missing)}, which the model predicts')
-        return cls(images, {label: ids[name] for label, name in enumerate(classes)})
+            raise LaunchError(f'{self.source} has no categories {some(missing)}, which the model predicts')
+        self.categories = {label: self.names[name] for label, name in enumerate(classes)}
 
     def image(self, path: str, index: int) -> int:
         """The id of an image. Raises ValueError for one that the annotations do not name."""

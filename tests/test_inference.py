@@ -268,6 +268,7 @@ def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_pat
     (['--out', 'file'], 'output folder file cannot be made: .*file is a file'),
     (['--out', 'file/inner/out'], 'output folder file/inner/out cannot be made: .*file is a file'),
     (['--ann-file', '.'], r'annotation file \. cannot be read: Is a directory'),
+    (['--ann-file', 'none.json'], 'annotation file none.json cannot be read: No such file'),
     (['--cfg-options', 'model.backbone.arch=giant'], "model of .* cannot be built: .*arch='giant'"),
     (['--cfg-options', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
     (['--cfg-options', 'model=None'], 'has no model'),
@@ -275,6 +276,8 @@ def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_pat
 def test_mistakes_end_with_a_sentence(workshop, images, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').touch()
+    if arguments[0] != '--cfg-options':  # the model is not yet built
+        monkeypatch.setattr('revcol_mm.inference.model_errors', None)
     with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), launch.plain_errors():
         infer.main([config('classification'), str(workshop / 'classification.pth'), images[0], '--out', 'out', *arguments])
     assert os.listdir(tmp_path) == ['file']

@@ -48,8 +48,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     cfg = load_config(args)
     paths = find_images(args.images)
     check_folder(args.out)
+    numbering = Numbering.from_annotations(args.ann_file) if args.ann_file else None
     inferencer = build_inferencer(cfg, args.checkpoint, args.device, args.deploy)
-    numbering = Numbering.from_annotations(args.ann_file, inferencer.classes) if args.ann_file else None
+    if numbering:
+        numbering.set_classes(inferencer.classes)
     console = Console(stderr=True)
     summary = predict(inferencer, paths, args.out, not args.no_pictures, args.score_thr, numbering, args.force,
                       lambda images: track(images, 'Inference', console=console))
