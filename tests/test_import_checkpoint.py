@@ -380,15 +380,16 @@ def test_our_configs_go_by_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('contents, sentence', [
     (dict(meta=5), "its 'meta' is a int where a dict is expected"),
-    (dict(meta=dict(dataset_meta=5)), "'dataset_meta' of its 'meta' is a int")])
+    (dict(meta=dict(dataset_meta=5)), "'dataset_meta' of its 'meta' is a int"),
+    (dict(meta=dict(revcol_mm=5)), "'revcol_mm' of its 'meta' is not what an import writes: 5"),
+    (dict(meta=dict(revcol_mm=dict(wrapping=[]))), "'revcol_mm' of its 'meta' is not what an import writes: {")])
 def test_a_meta_of_another_form_gets_a_sentence(tmp_path, contents, sentence):
     path = save(dict(contents, state_dict=mmseg0()['state_dict']), tmp_path / 'seg.pth')
-    for refuse in (lambda: import_main([path]), lambda: publish_main([path])):
+    ways = [(import_main, [path]), (publish_main, [path])] if 'revcol_mm' not in sentence else []
+    ways += [(import_main, [path, '--to-official'])] if 'dataset_meta' not in sentence else []
+    for main, arguments in ways:
         with pytest.raises(SystemExit, match=f'error: .*seg.pth: {sentence}'):
-            refuse()
-    if contents['meta'] == 5:
-        with pytest.raises(SystemExit, match=f'error: .*seg.pth: {sentence}'):
-            import_main([path, '--to-official'])
+            main(arguments)
     assert os.listdir(tmp_path) == ['seg.pth']
 
 

@@ -138,8 +138,8 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
         raise CheckpointError(f"{filename} holds nothing under 'backbone.': its names are the authors' already, or of no known "
                               f'kind ({some(weights)})')
     origin = find_meta(checkpoint, filename).get('revcol_mm') or {}
-    if not isinstance(origin, Mapping):
-        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' is a {type(origin).__name__} where a dict is expected")
+    if not isinstance(origin, Mapping) or not isinstance(origin.get('wrapping'), (str, type(None))):
+        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' is not what an import writes: {origin!r:.100}")
     if find_task(weights) in ('classification', 'backbone'):
         names = {key: key.partition('.')[2] for key in weights}
         unknown = [key for key, name in names.items() if CLASSIFIER_PARTS.get(_root(name)) != key.split('.')[0]]
@@ -148,7 +148,7 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
         wrapping = origin.get('wrapping', 'model')
     else:
         names, wrapping = {key: key for key in weights}, origin.get('wrapping', 'state_dict')
-    module = 'module.' if origin.get('module') else ''
+    module = 'module.' if origin.get('module') is True else ''
     official = OrderedDict((module + names[key], value) for key, value in weights.items())
     return {wrapping: official} if wrapping else official
 
