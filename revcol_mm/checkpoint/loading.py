@@ -158,9 +158,6 @@ def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
         raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}')
 
 
-check_finite = check_weights  # the name it had
-
-
 def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filename: str, name: str) -> None:
     different = [key for key, value in found.items() if value.shape != own[key].shape]
     if not different:
