@@ -71,7 +71,7 @@ class RevColFSDPStrategy(FSDPStrategy):
         if not strict and self.state_dict_type == StateDictType.FULL_STATE_DICT:
             different = [key for key, value in state_dict.items() if value.shape != self._shapes.get(key, value.shape)]
             if different:
-                print_log(f'left out, since the model has other shapes: {", ".join(different)}', logger='current', level=WARNING)
+                print_log(f'left out, since the model has other shapes: {", ".join(different)}', 'current', WARNING)
             state_dict = {key: value for key, value in state_dict.items() if key not in different}
         super().load_model_state_dict(state_dict, strict=strict, **kwargs)
 
