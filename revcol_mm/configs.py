@@ -7,8 +7,18 @@ limit: :func:`config_path` replaces ``revcol_mm::``.
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+
+from .version import installed_version
 
 _PACKAGE = Path(__file__).resolve().parent
+
+
+def find_configs_of_forks() -> None:
+    """Lets ``mmseg::`` resolve with onedl-mmsegmentation too, which mmengine looks for under the original's name."""
+    found = installed_version('mmseg')
+    if found is not None and found[0] != MODULE2PACKAGE['mmseg']:
+        MODULE2PACKAGE['mmseg'] = 'mmseg'  # mmengine falls back to the import package of this name
 
 
 def config_folder() -> Path:
