@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import revcol_mm  # noqa: F401 - mmengine's checkpoints load, whichever test runs alone
+
 DATA = Path(__file__).parent / 'data'
 
 

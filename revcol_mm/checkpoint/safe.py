@@ -17,6 +17,7 @@ from mmengine.dist import get_dist_info
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import scheduler
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as runner_checkpoint
 
 try:
     from numpy._core import multiarray
@@ -88,6 +89,9 @@ def enable_safe_loading() -> None:
         warnings.warn(f'{FORCE_NOT} is ignored: checkpoints are loaded safely, and those of mmengine load all the same.')
     os.environ[FORCE] = '1'
     torch.serialization.add_safe_globals(_safe_globals())
+    # onedl-mmengine allows a list of its own for each load: plain getattr is in it, and what is in it is forbidden afterwards.
+    if hasattr(runner_checkpoint, 'get_torch_safe_globals'):
+        runner_checkpoint.get_torch_safe_globals = list
     CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=load_from_safetensors, force=True)
     CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
 
