@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 __version__ = '0.1.0'
 
-# Import package -> the distributions that provide it -> versions that the test suite passes with. One without versions is
-# listed so that it is recognised as too old.
+# Import package -> the distributions that provide it -> versions known to work; docs/installation.md says how far the tests
+# were run with each. One without versions is listed so that it is recognised as too old.
 KNOWN_VERSIONS = {
     'torch': {'torch': ('2.12.1', '2.13.0')},
     'mmengine': {'mmengine': ('0.10.7', ), 'onedl-mmengine': ('0.10.12', ), 'mmengine-lite': ('0.10.7', )},
