@@ -9,23 +9,24 @@ RUN := .venv/bin/python
 # Two test processes with one thread each are faster on two cores than one process with two threads.
 TEST := -m pytest -n 2
 
-.PHONY: demo demo-seg demo-cls test test-onedl lint setup setup-onedl python clean
+.PHONY: demo demo-pretrain demo-seg demo-cls test test-onedl lint setup setup-onedl python clean
 
-demo: setup
-	$(RUN) tools/make_digits.py data/digits
-	$(RUN) tools/train.py configs/demo/revcol_nano_digits_pretrain.py --work-dir work_dirs/demo-pretrain
+demo: demo-pretrain
 	$(RUN) tools/train.py configs/demo/cascade_rcnn_revcol_nano_digits.py --work-dir work_dirs/demo \
 		--cfg-options load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)
 	$(RUN) tools/test.py configs/demo/cascade_rcnn_revcol_nano_digits.py $$(cat work_dirs/demo/last_checkpoint) \
 		--work-dir work_dirs/demo --show-dir work_dirs/demo/pictures
 
-demo-seg: setup
-	$(RUN) tools/make_digits.py data/digits
-	$(RUN) tools/train.py configs/demo/revcol_nano_digits_pretrain.py --work-dir work_dirs/demo-pretrain
+demo-seg: demo-pretrain
 	$(RUN) tools/train.py configs/demo/upernet_revcol_nano_digits.py --work-dir work_dirs/demo-seg \
 		--cfg-options load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)
 	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py $$(cat work_dirs/demo-seg/last_checkpoint) \
 		--work-dir work_dirs/demo-seg --show-dir work_dirs/demo-seg/pictures
+
+# What the detector and the segmentor of the demos start from.
+demo-pretrain: setup
+	$(RUN) tools/make_digits.py data/digits
+	$(RUN) tools/train.py configs/demo/revcol_nano_digits_pretrain.py --work-dir work_dirs/demo-pretrain
 
 demo-cls: setup
 	$(RUN) tools/make_digits.py data/digits

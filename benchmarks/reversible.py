@@ -96,9 +96,7 @@ def memory(arch, columns, way, size):
 
 def slope(points):
     """Least-squares slope of [(x, y)]."""
-    xs, ys = zip(*points)
-    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(ys)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x)**2 for x in xs)
+    return statistics.linear_regression(*zip(*points)).slope
 
 
 def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7):

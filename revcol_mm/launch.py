@@ -261,14 +261,14 @@ def _init_gloo(launcher: str) -> None:
     torch.distributed.init_process_group('gloo')
 
 
-# Data sets and checkpoints ---------------------------------------------------------------------------------------------------
-
 def _leave_process_group() -> None:
     """Ends a distributed run that went well: a process that exits with the group's threads alive can abort (gloo)."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
+
+# Data sets and checkpoints ---------------------------------------------------------------------------------------------------
 
 def check_data(cfg: Config, loaders: Sequence[str]) -> None:
     """Looks for the annotation files and folders of the data loaders and evaluators that a run will use.

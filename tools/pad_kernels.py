@@ -71,10 +71,13 @@ def describe(report: PaddingReport, output: str) -> str:
 def run(args: argparse.Namespace) -> None:
     outputs = {size: output_name(args, size) for size in args.size}
     paths = [*outputs.values(), *([args.report] if args.report else [])]
+    targets = set()
     for path in paths:
         check_output(path, args.checkpoint, args.force)
-        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
+        target = os.path.realpath(path)
+        if target in targets:
             raise CheckpointError(f'the output {path} is named twice; outputs and --report are different files')
+        targets.add(target)
     checkpoint = read_checkpoint(args.checkpoint, logger='silent')
     reports = {}
     with ExitStack() as files:  # all outputs appear together, or none

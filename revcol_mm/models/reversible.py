@@ -136,7 +136,8 @@ class ReversibleColumn(nn.Module):
         """
         if call is not None:
             return call.apply(self, x, p)
-        return run_levels(self, map(keep_invertible, self.gammas), x, p, context)
+        gammas = [None] * self.num_levels if self.first else map(keep_invertible, self.gammas)
+        return run_levels(self, gammas, x, p, context)
 
     def level_parameters(self, index: int) -> dict:
         """Name and tensor of every parameter that F[index] uses, wherever a wrapper has put them."""
