@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,12 +89,12 @@ def prepare(net: nn.Module, mode: str, images: Tensor) -> Callable[[], object]:
 def measure(calls: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:
     """Seconds of every call in every round; the calls take turns, forwards and backwards."""
     names, seconds = list(calls), {name: [] for name in calls}
-    for index in range(rounds + 2):
-        for name in names if index % 2 else reversed(names):
-            start = time.perf_counter()
-            calls[name]()
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    turns = [(index, name) for index in range(rounds + 2) for name in (names if index % 2 else reversed(names))]
+    for index, name in track(turns, 'measuring (first calls compile)', transient=True):
+        start = time.perf_counter()
+        calls[name]()
+        if index >= 2:
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -2,9 +2,11 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 import revcol_mm  # noqa: F401 - mmengine's checkpoints load, whichever test runs alone
 
@@ -14,6 +16,15 @@ DATA = Path(__file__).parent / 'data'
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_scope() -> Iterator[None]:
+    """mmengine's default scope outlives the runner that set it: no test meets the one of another."""
+    scopes = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(scopes)
 
 
 @pytest.fixture(scope='session')

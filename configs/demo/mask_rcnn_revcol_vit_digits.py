@@ -32,17 +32,10 @@ test_dataloader = val_dataloader
 val_evaluator = _base_.digits_evaluator
 test_evaluator = val_evaluator
 
+optim_wrapper = _base_.digits_optim_wrapper
 max_iters = 500
-train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
-optim_wrapper = dict(
-    type='OptimWrapper',
-    paramwise_cfg=dict(layer_decay_rate=1.0),
-    optimizer=dict(lr=1e-3),
-    clip_grad=dict(max_norm=10))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=50, end=max_iters)
-]
-default_hooks = dict(
-    logger=dict(interval=25), checkpoint=dict(by_epoch=False, interval=max_iters, max_keep_ckpts=1))
+param_scheduler = _base_.digits_param_scheduler
+param_scheduler[1].end = max_iters
+train_cfg = dict(_base_.digits_train_cfg, max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(checkpoint=dict(_base_.digits_default_hooks.checkpoint, interval=max_iters))
 log_processor = dict(by_epoch=False)
