@@ -115,10 +115,10 @@ def plot(results: dict, path: Path) -> None:
         for index, mode in enumerate(modes):
             values = [ratios[size].get(mode, float('nan')) for size in sizes]
             places = [place + (index - (len(modes) - 1) / 2) * 0.8 / len(modes) for place in range(len(sizes))]
-            axis.bar_label(axis.bar(places, values, 0.8 / len(modes), label=mode), fmt='%.2f', fontsize=8)
+            axis.bar_label(axis.bar(places, values, 0.8 / len(modes), label=mode), fmt='%.2f', fontsize=7)
         axis.axhline(1, color='black', linewidth=0.8)
         axis.set(title=f'Throughput, {title}', xticks=range(len(sizes)), xticklabels=[size.upper() for size in sizes])
-        axis.legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(modes), fontsize=8)
     height, width = results['shape']
     figure.suptitle(f'{results["device"]}, batch {results["batch"]}, {height}×{width}', fontsize=10)
     figure.savefig(path, dpi=110)
