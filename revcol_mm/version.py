@@ -9,7 +9,7 @@ __version__ = '0.1.0'
 # Import package -> the distributions that provide it -> versions known to work; docs/installation.md says how far the tests
 # were run with each. One without versions is listed so that it is recognised as too old.
 KNOWN_VERSIONS = {
-    'torch': {'torch': ('2.12.1', '2.13.0')},
+    'torch': {'torch': ('2.12.1', )},
     'mmengine': {'mmengine': ('0.10.7', ), 'onedl-mmengine': ('0.10.12', ), 'mmengine-lite': ('0.10.7', )},
     'mmcv': {'mmcv': ('2.1.0', ), 'onedl-mmcv': ('2.3.6', ), 'mmcv-lite': ('2.1.0', ), 'mmcv-full': ()},
     'mmdet': {'mmdet': ('3.3.0', ), 'onedl-mmdetection': ('3.5.1', )},
