@@ -2,26 +2,29 @@
 """Test-time augmentation: merged boxes and masks, and the default views."""
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 
-from revcol_mm import launch
+from revcol_mm import config_path, launch
 from revcol_mm.detection import InstanceTTAModel
 
 SIZE = (20, 30)  # height, width
 
 
 class Detector(nn.Module):
-    """Stands in for a detector: the TTA model only merges what it returns."""
+    """Stands in for a detector, whose predictions are in its input."""
 
     def test_step(self, data):
-        raise NotImplementedError
+        return data['data_samples']
 
 
 def merge(*views, **kwargs):
-    return InstanceTTAModel(Detector(), **kwargs).merge_preds([list(views)])[0].pred_instances
+    return InstanceTTAModel(Detector(), **kwargs).test_step(
+        dict(inputs=[None] * len(views), data_samples=[[sample] for sample in views]))[0].pred_instances
 
 
 def view(instances, flip=None, masks=True):
@@ -112,6 +115,34 @@ def test_soft_nms_rescores_across_views_and_keeps_masks_with_their_boxes():
     assert got.scores[0] == pytest.approx(.9) and (got.scores[1:] <= .8).all()
     for box, mask in zip(got.bboxes.long().tolist(), got.masks):
         assert mask[box[1]:box[3], box[0]:box[2]].float().mean() > 0.5
+
+
+@pytest.mark.parametrize('name', ['cascade_rcnn_revcol_nano_digits', 'htc_revcol_nano_digits'])
+@pytest.mark.parametrize('flip', ['horizontal', 'vertical'])
+def test_a_flipped_view_of_a_real_detector_is_flipped_back_once(name, flip):
+    # Cascades, which would flip their masks back by themselves.
+    cfg = Config.fromfile(config_path(f'demo/{name}'))
+    cfg.model.test_cfg.rcnn.update(score_thr=0., max_per_img=5)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        detector = MODELS.build(cfg.model).eval()
+
+    def predict(model, image, **meta):
+        sample = DetDataSample(metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96), batch_input_shape=(64, 96),
+                                             scale_factor=(1., 1.), **meta))
+        tta = isinstance(model, InstanceTTAModel)
+        with torch.no_grad():
+            return model.test_step(dict(inputs=[[image]] if tta else [image],
+                                        data_samples=[[sample]] if tta else [sample]))[0].pred_instances
+
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    plain = predict(detector, image)
+    got = predict(InstanceTTAModel(detector), image, flip=True, flip_direction=flip)  # an image that is a flipped view
+    assert len(plain) == 5 and plain.masks.any()
+    assert torch.equal(got.masks, plain.masks.flip(-1 if flip == 'horizontal' else -2))
+    along = 0 if flip == 'horizontal' else 1
+    mirrored = plain.bboxes.clone()
+    mirrored[:, [along, along + 2]] = (96, 64)[along] - plain.bboxes[:, [along + 2, along]]
+    assert torch.equal(got.bboxes, mirrored) and torch.equal(got.scores, plain.scores)
 
 
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(1333, 800), keep_ratio=True),

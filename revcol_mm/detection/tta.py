@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Test-time augmentation for instance segmentation."""
+import itertools
 from typing import List, Sequence
 
 import torch
@@ -39,6 +40,16 @@ class InstanceTTAModel(DetTTAModel):
         tta_cfg = dict(dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100), **(tta_cfg or {}))
         super().__init__(tta_cfg=tta_cfg, module=module, **kwargs)
         self.vote_iou = vote_iou
+
+    def test_step(self, data: dict) -> List[DetDataSample]:
+        """Merged predictions of a batch whose every item comes in several views.
+
+        The detector is not told which views are flipped: mmdet's cascades would flip their masks back by themselves, with a
+        negative step, which torch does not know, and a second time here.
+        """
+        for sample in itertools.chain.from_iterable(data['data_samples']):
+            sample.set_metainfo(dict(flip=False, flip_of_view=sample.metainfo.get('flip', False)))
+        return super().test_step(data)
 
     def _merge_single_sample(self, data_samples: Sequence[DetDataSample]) -> DetDataSample:
         """Merges the views of one image into the first one's data sample, with boxes and masks of the image as it is."""
@@ -81,7 +92,7 @@ class InstanceTTAModel(DetTTAModel):
 def _undo_flip(sample: DetDataSample) -> InstanceData:
     """Predictions of a view, mapped back to the image: mmdet has undone the scale, not the flip."""
     view = sample.pred_instances
-    if not sample.metainfo.get('flip', False):
+    if not sample.metainfo.get('flip_of_view', False):
         return view
     direction = sample.metainfo['flip_direction']
     view = view[:]  # a copy: the view's own data sample stays as it was
