@@ -82,3 +82,23 @@ def test_two_processes_train_as_one(wrap, tmp_path):
         # The mean of two halves and one mean round differently, twice; a lost or doubled gradient would be 100 % off.
         assert (result['state'][name] - value).norm() <= 1e-4 * moved + 1e-7, name
     assert result['drift'] < 1e-6
+
+
+@pytest.mark.parametrize('wrapper', ['fsdp', 'fully_shard'])
+@pytest.mark.parametrize('part', ['level1', 'level1.blocks.0'])
+def test_parts_of_a_column_sharded_by_themselves_are_refused(wrapper, part, tmp_path):
+    os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        net = build()
+        module = net.subnet1.get_submodule(part)
+        if wrapper == 'fully_shard':
+            fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh('cpu', (1, )))
+        else:
+            owner, _, name = part.rpartition('.')
+            setattr(net.subnet1.get_submodule(owner), name,
+                    FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device('cpu')))
+        with pytest.raises(RuntimeError, match=f'{part} is sharded by itself'):
+            net(joint_batch())
+    finally:
+        dist.destroy_process_group()

@@ -176,12 +176,26 @@ def test_is_found_in_the_root_registry():
     (dict(arch=NARROW, drop_path_rate=1.5), 'drop_path_rate=1.5'),
     (dict(arch=NARROW, out_indices=(0, 4)), 'out_indices'),
     (dict(arch=NARROW, frozen_stages=4), 'frozen_stages=4'),
+    (dict(arch=dict(NARROW, channels=8)), 'channels'),
+    (dict(arch=NARROW, in_channels=0), 'in_channels=0'),
+    (dict(arch=NARROW, drop_path_rate='0.1'), 'drop_path_rate'),
+    (dict(arch=NARROW, out_indices=3), 'out_indices=3'),
+    (dict(arch=NARROW, out_norm_cfg='LN'), 'out_norm_cfg'),
+    (dict(arch=NARROW, drift_threshold='a'), 'drift_threshold'),
     (dict(arch=NARROW, reversible=True, with_cp=True), 'with_cp'),
     (dict(arch=NARROW, on_drift='ignore'), 'ignore'),
 ])
 def test_bad_arguments_are_named(arguments, named):
     with pytest.raises((TypeError, ValueError), match=named):
         RevCol(**arguments)
+
+
+def test_init_cfg_may_be_a_list_and_needs_a_checkpoint_to_load():
+    net = RevCol(NARROW, init_cfg=[dict(type='Constant', layer='Conv2d', val=3.)])
+    net.init_weights()
+    assert (net.stem[0].weight == 3).all()
+    with pytest.raises(ValueError, match='checkpoint'):
+        RevCol(NARROW, init_cfg=dict(type='Pretrained')).init_weights()
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 4, 64, 64), (3, 64, 64)])

@@ -168,6 +168,8 @@ class RevCol(ColumnStack):
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
                          with_cp, init_cfg)
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'in_channels={in_channels!r}: a positive integer')
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size={kernel_size!r}: an odd positive integer')
         self.channels, self.kernel_size, self.in_channels = arch['channels'], kernel_size, in_channels
@@ -273,6 +275,8 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _build_out_norm(cfg: dict, channels: int) -> nn.Module:
+    if not isinstance(cfg, dict):
+        raise TypeError(f"out_norm_cfg={cfg!r}: a dict such as dict(type='LN'), or None")
     cfg = dict(cfg)
     if cfg.get('type') in ('LN', 'LN2d'):  # mmcv's LN normalises the last dimension
         cfg.pop('type')

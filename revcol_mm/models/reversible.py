@@ -25,6 +25,7 @@ from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
@@ -140,17 +141,34 @@ class ReversibleColumn(nn.Module):
         return run_levels(self, gammas, x, p, context)
 
     def level_parameters(self, index: int) -> dict:
-        """Name and tensor of every parameter that F[index] uses, wherever a wrapper has put them."""
+        """Name and tensor of every parameter that F[index] uses, wherever a wrapper has put them.
+
+        Each place of a parameter comes once: a module that several others share under one name, a tied parameter under each
+        of its own.
+
+        Raises:
+            RuntimeError: if a part of the level is sharded by itself, so that its parameters are not at hand here.
+        """
         level = self._modules[f'level{index}']
-        found = dict(level.named_parameters())
+        found = {}
+        for prefix, module in level.named_modules():
+            if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+                raise RuntimeError(f'level{index}{"." * bool(prefix)}{prefix} is sharded by itself, and a reversible column '
+                                   'hands all its parameters to one node of the graph: shard whole columns '
+                                   '(strategy.type=RevColFSDPStrategy does), or build the backbone with reversible=False')
+            found.update({f'{prefix}.{leaf}' if prefix else leaf: parameter
+                          for leaf, parameter in module._parameters.items() if parameter is not None})
+        known = set(map(id, found.values()))
         for name in self._level_names[index]:
             if name not in found:
                 owner, _, leaf = name.rpartition('.')
                 try:
-                    found[name] = getattr(level.get_submodule(owner), leaf)
+                    value = getattr(level.get_submodule(owner), leaf)
                 except AttributeError:  # gone since construction, e.g. folded away
                     continue
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+                if isinstance(value, Tensor) and id(value) not in known:  # torch.compile's wrapper shows the same ones again
+                    found[name] = value
+        return found
 
 
 class ReversibleCall:
@@ -212,7 +230,7 @@ class DriftMonitor:
     def __init__(self, threshold: Optional[float] = None, action: str = 'raise') -> None:
         if action not in ('raise', 'warn'):
             raise ValueError(f"on_drift={action!r}: 'raise' or 'warn'")
-        if threshold is not None and not threshold > 0:
+        if threshold is not None and not (isinstance(threshold, (int, float)) and threshold > 0):
             raise ValueError(f'drift_threshold={threshold!r}: a positive number, or None for the default of the dtype')
         self.threshold, self.action = threshold, action
         #: Largest relative drift of the last backward pass; nan before the first, and where the features were not finite.
@@ -464,6 +482,8 @@ def _recompute(call: ReversibleCall, column: ReversibleColumn, index: int, names
 
 def _deviation(rebuilt: Tensor, reference: Tensor) -> Tensor:
     """(largest difference, largest reference value), as float32 on the device."""
+    if not reference.numel():  # an empty batch
+        return torch.zeros(2, device=reference.device)
     return torch.stack([(rebuilt - reference).abs().amax().float(), reference.abs().amax().float()])
 
 

@@ -110,8 +110,8 @@ class ColumnStack(BaseModule):
                  with_cp: bool = False, init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         self.depths, self.num_columns = tuple(depths), num_columns
-        out_indices = tuple(out_indices)
-        if not out_indices or any(index not in range(len(self.depths)) for index in out_indices):
+        levels = range(len(self.depths))
+        if not isinstance(out_indices, (list, tuple)) or not out_indices or any(index not in levels for index in out_indices):
             raise ValueError(f'out_indices={out_indices!r}: levels from 0 to {len(self.depths) - 1}')
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_columns:
             raise ValueError(f'frozen_stages={frozen_stages!r}: -1 (nothing), 0 (the stem) to {num_columns} (the stem and '
@@ -119,7 +119,7 @@ class ColumnStack(BaseModule):
         if reversible and with_cp:
             raise ValueError('reversible=True and with_cp=True exclude each other: reversible training already rebuilds what '
                              'with_cp recomputes, and stores less')
-        self.out_indices, self.frozen_stages = out_indices, frozen_stages
+        self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
         self.reversible, self.with_cp = reversible, with_cp
         self.monitor = DriftMonitor(drift_threshold, on_drift)
 
@@ -138,7 +138,7 @@ class ColumnStack(BaseModule):
             raise ValueError(f'arch={arch!r}: a dict with the keys {", ".join(cls.ARCH_KEYS)}{options}')
         arch = {**cls.ARCH_OPTIONS, **arch}
         for key, count in cls.ARCH_KEYS.items():
-            values = (arch[key], ) if count is None else tuple(arch[key])
+            values = tuple(arch[key]) if count is not None and isinstance(arch[key], (list, tuple)) else (arch[key], )
             if len(values) != (count or 1) or any(not isinstance(value, int) or value < 1 for value in values):
                 raise ValueError(f'arch[{key!r}]={arch[key]!r}: ' + (
                     'a positive integer' if count is None else f'{count} positive integers'))
@@ -152,7 +152,7 @@ class ColumnStack(BaseModule):
 
     def drop_path_rates(self, drop_path_rate: float) -> List[float]:
         """Rate of each block of a column: rises linearly over the column, and is the same in every column."""
-        if not 0 <= drop_path_rate < 1:
+        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate!r}: in [0, 1)')
         return torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist()
 
@@ -168,7 +168,9 @@ class ColumnStack(BaseModule):
 
     def init_weights(self) -> None:
         """Loads ``init_cfg``'s checkpoint, if there is one. The weights are initialised on construction."""
-        if (self.init_cfg or {}).get('type') == 'Pretrained':
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
+            if not self.init_cfg.get('checkpoint'):
+                raise ValueError(f"init_cfg={dict(self.init_cfg)}: type='Pretrained' needs checkpoint, a path or URL")
             from ..checkpoint import load_pretrained
             load_pretrained(self, **{key: value for key, value in self.init_cfg.items() if key != 'type'})
             self._is_init = True
@@ -187,7 +189,9 @@ class ColumnStack(BaseModule):
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.float()  # every column adds to the gradient of x; in half precision that sum would lose the small terms
-        columns, frozen = self.columns, max(self.frozen_stages, 0)
+        columns = self.columns
+        # Frozen columns run without a graph, unless the gradient of the image is asked for, which passes through them.
+        frozen = 0 if x.requires_grad else max(self.frozen_stages, 0)
         if outputs is None:
             outputs = [(len(columns) - 1, level) for level in self.out_indices]
         taken: Dict[Tuple[int, int], Tensor] = {}
