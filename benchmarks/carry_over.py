@@ -100,6 +100,11 @@ def table(runs: List[dict], seeds: List[int]) -> str:
 
 def main() -> None:
     args = parse_args()
+    settings, known = dict(iters=args.iters, epochs=args.epochs), args.work_dir / 'settings.json'
+    if known.is_file() and json.loads(known.read_text()) != settings:
+        sys.exit(f'error: {args.work_dir} holds runs with {known.read_text()}; these settings need another --work-dir')
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(settings))
     runs = []
     for seed in args.seeds:
         for arm, config in ARMS.items():
@@ -114,7 +119,7 @@ def main() -> None:
             entry.update(detect(folder / 'detector', weights, seed, args.iters))
             runs.append(entry)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(dict(iters=args.iters, epochs=args.epochs, runs=runs), indent=1) + '\n')
+    args.out.write_text(json.dumps(dict(**settings, runs=runs), indent=1) + '\n')
     text = table(runs, args.seeds)
     args.out.with_suffix('.md').write_text(text)
     print(text)

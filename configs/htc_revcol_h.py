@@ -13,7 +13,8 @@
 # - AdamW, 1e-4 for 16 images, weight decay 0.05, as Swin's HTC++; layer decay as in RevCol-H's ImageNet fine-tuning, drop path
 #   as RevCol-L's detectors. Boxes stay class-agnostic, as HTC's are.
 # - No global self-attention behind the last stage, which Swin's HTC++ has: RevCol is static convolutions only.
-# - Test: single scale at 1400 x 1600; --tta at three scales, each flipped too.
+# - Test: single scale at 1400 x 1600; --tta at three scales, each flipped too: the upper half of those in training, where large
+#   models are tested; the paper names none.
 # The paper prints 2.41G parameters. This head, the standard one, makes 2.22G: see docs/model_zoo.md.
 _base_ = ['mmdet::htc/htc_x101-64x4d-dconv-c3-c5_fpn_ms-400-1400-16xb1-20e_coco.py', './_base_/revcol.py']
 

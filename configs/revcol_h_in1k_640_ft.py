@@ -1,12 +1,13 @@
-# 2537 GFLOPs, 90.0 top-1 in the paper. RevCol-H was pre-trained on private data; the authors' README links its weights
-# (docs/model_zoo.md), which are expected where the checkpoint says (--cfg-options model.backbone.init_cfg.checkpoint=…).
+# 2537 GFLOPs, 90.0 top-1 in the paper. Pre-trained weights (private data):
+# revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol, put into checkpoints/.
+# (docs/model_zoo.md links the result of the fine-tuning, revcol_huge_megdata_in1k.pth.)
 _base_ = '_base_/revcol_in1k_ft.py'
 
 model = dict(
     backbone=dict(
         arch='huge',
         drop_path_rate=0.4,  # the paper: 0.5
-        init_cfg=dict(checkpoint='checkpoints/revcol_huge.pth')),
+        init_cfg=dict(checkpoint='checkpoints/revcol_huge_megdata.pth')),
     head=dict(in_channels=2880))
 
 # 64 GPUs x 8 images.

@@ -403,7 +403,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
                 raise ValueError(f'has the id {image_id} of another image of the same name')
             image = read_image(path)
             results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
-        except (ValueError, RuntimeError, OSError, ArithmeticError) as error:  # this image's fault, or memory's
+        except Exception as error:  # this image's fault, or memory's; cv2.error is nothing narrower
             summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         height, width = image.shape[:2]

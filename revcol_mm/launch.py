@@ -7,22 +7,26 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import json
 import os
 import os.path as osp
 import re
 import subprocess
 import sys
+import traceback
 import warnings
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from .checkpoint import CheckpointError, read_checkpoint
+from .checkpoint.kernels import kernels_of
 from .checkpoint.safe import some
 from .configs import config_path
 
@@ -43,11 +47,27 @@ class LaunchError(RuntimeError):
 
 # Arguments -------------------------------------------------------------------------------------------------------------------
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--work-dir', help='folder of logs, checkpoints and metrics; default: work_dirs/<name of the config>')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+class _Settings(DictAction):
+    """mmengine's, with a sentence for what is no KEY=VALUE."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: List[str],
+                 option_string: Optional[str] = None) -> None:
+        wrong = [value for value in values if '=' not in value]
+        if wrong:
+            parser.error(f'argument {option_string}: {" ".join(wrong)} is no KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``, for every tool that takes a config."""
+    parser.add_argument('--cfg-options', nargs='+', action=_Settings, metavar='KEY=VALUE',
                         help='settings that replace those of the config, e.g. train_dataloader.batch_size=4 '
                              'key="[a,b]" key="[(a,b),(c,d)]"')
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--work-dir', help='folder of logs, checkpoints and metrics; default: work_dirs/<name of the config>')
+    add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
 
@@ -244,6 +264,9 @@ def _init_gloo(launcher: str) -> None:
     if torch.distributed.is_initialized():
         return
     env = os.environ
+    needed = dict(slurm=('SLURM_NODELIST', 'SLURM_PROCID', 'SLURM_NTASKS'),
+                  mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE')).get(launcher, ())
+    _check_environment(launcher, needed)
     if launcher == 'slurm':
         node = subprocess.run(['scontrol', 'show', 'hostname', env['SLURM_NODELIST']],
                               capture_output=True, text=True, check=True).stdout.split()[0]
@@ -254,11 +277,15 @@ def _init_gloo(launcher: str) -> None:
                    WORLD_SIZE=env['OMPI_COMM_WORLD_SIZE'])
         env.setdefault('MASTER_ADDR', '127.0.0.1')
     env.setdefault('MASTER_PORT', '29500')
-    missing = [key for key in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR') if key not in env]
+    _check_environment(launcher, ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'))
+    torch.distributed.init_process_group('gloo')
+
+
+def _check_environment(launcher: str, names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in os.environ]
     if missing:
         raise LaunchError(f'--launcher {launcher}: {", ".join(missing)} not set in the environment. Start the processes with '
                           'tools/dist_train.sh, torchrun or srun, or leave --launcher out for one process')
-    torch.distributed.init_process_group('gloo')
 
 
 def _leave_process_group() -> None:
@@ -295,12 +322,35 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
                 path = path if path is None or _is_remote(path) else osp.join(root, path)
                 if path and not _is_remote(path) and not osp.exists(path):
                     raise LaunchError(_describe_missing_data(path, key, dataset, section))
+            _check_categories(dataset, key)
         evaluators = cfg.get(f'{loader}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
             path = evaluator.get('ann_file')
             if path and not _is_remote(path) and not osp.exists(path):
                 raise LaunchError(f'there is no annotation file {path} (looked from {os.getcwd()}), which {loader}_evaluator '
                                   f'needs. Another place: --cfg-options {loader}_evaluator.ann_file=/path/to/annotations.json')
+
+
+def _check_categories(dataset: dict, key: str) -> None:
+    """The classes that a COCO-format data set of one's own names must be categories of its annotation file.
+
+    Those that are not would be trained without a single object, or end in mmdet with another complaint.
+    """
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    path = dataset.get('ann_file')
+    if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or classes is None or not path or _is_remote(path):
+        return
+    path = osp.join(dataset.get('data_root') or '', path)
+    try:
+        with open(path, encoding='utf-8') as file:
+            categories = [category['name'] for category in json.load(file)['categories']]
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
+        raise LaunchError(f'{path} is no annotation file in COCO format: {type(error).__name__}: {error}') from error
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    missing = [name for name in classes if name not in categories]
+    if missing:
+        raise LaunchError(f'{path} has no category {some(missing)}, which {key}.metainfo.classes names; it has '
+                          f'{some(categories, 10)}')
 
 
 def _datasets(dataset, key: str) -> Iterator[Tuple[str, dict]]:
@@ -361,8 +411,13 @@ def _check_exists(path: Optional[str], argument: str, remedy: str = '') -> None:
                           + f'. {remedy}' * bool(remedy))
 
 
-def check_checkpoint(path: Optional[str], argument: str) -> None:
+def check_checkpoint(path: Optional[str], argument: str, resume: bool = False) -> None:
     """Looks at a local checkpoint before anything is built. One of FSDP's is a folder.
+
+    Args:
+        path: the file; None is fine.
+        argument: what names it.
+        resume: whether a training goes on from it, which takes more than weights.
 
     Raises:
         LaunchError: if it is not there, or not one that mmengine would load: of other files it loads nothing, and only warns.
@@ -379,6 +434,10 @@ def check_checkpoint(path: Optional[str], argument: str) -> None:
         raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. Weights of '
                           "a backbone go into the config: model.backbone.init_cfg=dict(type='Pretrained', "
                           f"checkpoint='{path}')")
+    missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in keys]
+    if resume and missing:
+        raise LaunchError(f'{path} holds no {" and no ".join(missing)}, so no training can go on from it. To start one from '
+                          f'its weights: --cfg-options load_from={path}')
 
 
 # Test-time augmentation ------------------------------------------------------------------------------------------------------
@@ -401,10 +460,12 @@ def set_tta(cfg: Config) -> None:
     if scope not in TTA_SCALES and not ('tta_model' in cfg and 'tta_pipeline' in cfg):
         raise LaunchError(f'--tta: no default for default_scope={scope!r}: add tta_model and tta_pipeline to the config')
     models = dict(mmdet=dict(type='InstanceTTAModel', tta_cfg=dict(nms=_detector_nms(cfg.model), max_per_img=100)),
-                  mmseg=dict(type='SegTTAModel'), mmpretrain=dict(type='AverageClsScoreTTA'))
+                  mmseg=dict(type='SegTTAModel'), mmpretrain=dict(type='HeadScoreTTA'))
     model = ConfigDict(cfg.get('tta_model') or models[scope])
+    extras = dict(mmdet='revcol_mm.detection', mmpretrain='revcol_mm.classification')
+    if scope in extras:
+        importlib.import_module(extras[scope])
     if scope == 'mmdet':
-        importlib.import_module('revcol_mm.detection')
         if model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
             model.type = 'InstanceTTAModel'
     dataset = cfg.test_dataloader.dataset
@@ -478,10 +539,24 @@ def model_errors(cfg: Config) -> Iterator[None]:
 
 
 def build_runner(cfg: Config):
-    """mmengine's Runner, or the one that the config's ``runner_type`` names."""
+    """mmengine's Runner, or the one that the config's ``runner_type`` names.
+
+    Raises:
+        LaunchError: for settings that the model, a hook or another part refuses, and for parts that do not go together.
+    """
+    sharded = str((cfg.get('strategy') or {}).get('type')).endswith('FSDPStrategy')
+    if sharded and any(str(hook.get('type')).endswith('EMAHook') for hook in cfg.get('custom_hooks') or []):
+        raise LaunchError('EMAHook copies the whole model, which a sharded one does not allow. Without any custom hook: '
+                          '--cfg-options custom_hooks="[]"; or leave this one out in a config of your own')
     if get_device() == 'cpu':
         fit_to_cpu(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    try:
+        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = error.args[0] if error.args else 'no reason given'
+        raise LaunchError(f'{cfg.filename} cannot be built: {type(error).__name__}: {reason} ({where.filename}, line '
+                          f'{where.lineno})') from error
 
 
 def train(argv: Optional[Sequence[str]] = None) -> None:
@@ -498,11 +573,17 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     if args.auto_scale_lr:
         _set_auto_scale_lr(cfg, args.config)
     _set_resume(cfg, args.resume)
-    check_checkpoint(cfg.get('load_from'), '--resume' if args.resume not in (None, 'auto') else 'load_from')
+    start = cfg.get('load_from') or (find_latest_checkpoint(cfg.work_dir) if cfg.get('resume') else None)
+    check_checkpoint(start, '--resume' if cfg.get('resume') else 'load_from', cfg.get('resume', False))
     check_data(cfg, ('train', 'val'))
     check_pretrained(cfg, args.config)
+    runner = build_runner(cfg)
+    if cfg.get('resume'):
+        _load_strictly(runner)
+    elif isinstance(getattr(runner, 'model', None), torch.nn.Module):  # a FlexibleRunner builds it later
+        _load_what_fits(runner)
     try:
-        build_runner(cfg).train()
+        runner.train()
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's
             raise
@@ -570,10 +651,40 @@ def _load_strictly(runner) -> None:
             for line in filter(None, map(str.strip, str(error).splitlines()[1:] or [str(error)])):
                 what, colon, names = line.partition(': ')
                 differences.append(f'{what}{colon}{some(names.split(", ")) if " key" in what else names}')
-            raise CheckpointError(f'{filename} does not fit the config\'s model: {"; ".join(differences[:4])}'
-                                  + '; …' * (len(differences) > 4)) from error
+            kernels = any('size mismatch' in line and '.dwconv.weight' in line for line in str(error).splitlines())
+            padding = '. Kernels grow by tools/pad_kernels.py' * kernels
+            raise CheckpointError(f"{filename} does not fit the config's model: {'; '.join(differences[:4])}"
+                                  + '; …' * (len(differences) > 4) + padding) from error
 
     runner.load_checkpoint = load_strictly
+
+
+def _load_what_fits(runner) -> None:
+    """Makes a runner refuse a ``load_from`` of which nothing fits its model, or whose kernels have another size.
+
+    Heads for other classes and the like may differ: that is fine-tuning, and mmengine's log says what was left out.
+    """
+    load = runner.load_checkpoint
+
+    def load_what_fits(filename: str, **kwargs):
+        content = read_checkpoint(filename, map_location='meta', logger=None)
+        weights = content.get('state_dict', content)
+        weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        own = model.state_dict()
+        if not any(key in own and value.shape == own[key].shape for key, value in weights.items()):
+            raise CheckpointError(f"none of the weights of {filename} ({some(weights, 2)}) fits the config's model "
+                                  f"({some(own, 2)}). Weights of a backbone go into the config: model.backbone.init_cfg=dict("
+                                  f"type='Pretrained', checkpoint='{filename}')")
+        sizes = [(value.shape[-1], own[key].shape[-1]) for key, value in kernels_of(weights).items()
+                 if key in own and value.dim() == 4 and value.shape != own[key].shape and value.shape[:2] == own[key].shape[:2]]
+        if sizes and not any(getattr(module, 'pad_pretrained', False) for module in model.modules()):
+            size, wanted = sizes[0]
+            remedy = f': python tools/pad_kernels.py {filename} --size {wanted}' if size < wanted else ''
+            raise CheckpointError(f'{filename} has kernels of {size}×{size}, and the model of {wanted}×{wanted}{remedy}')
+        return load(filename, **kwargs)
+
+    runner.load_checkpoint = load_what_fits
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:

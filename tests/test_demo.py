@@ -40,14 +40,15 @@ def scores(folder):
 
 
 @pytest.mark.parametrize('head, metrics', [
-    ('cascade_rcnn', {'coco/bbox_mAP', 'coco/segm_mAP'}),
-    ('htc', {'coco/bbox_mAP', 'coco/segm_mAP'}),
-    ('dino', {'coco/bbox_mAP'}),
-    ('upernet', {'mIoU'}),
-    ('mask2former', {'mIoU'}),
+    ('cascade_rcnn_revcol_nano', {'coco/bbox_mAP', 'coco/segm_mAP'}),
+    ('htc_revcol_nano', {'coco/bbox_mAP', 'coco/segm_mAP'}),
+    ('dino_revcol_nano', {'coco/bbox_mAP'}),
+    ('mask_rcnn_revcol_vit', {'coco/bbox_mAP', 'coco/segm_mAP'}),
+    ('upernet_revcol_nano', {'mIoU'}),
+    ('mask2former_revcol_nano', {'mIoU'}),
 ])
 def test_every_head_trains_and_is_tested_on_the_digits(folder, head, metrics):
-    config, work_dir = DEMO / f'{head}_revcol_nano_digits.py', folder / head
+    config, work_dir = DEMO / f'{head}_digits.py', folder / head
     run(folder, 'train.py', config, '--work-dir', work_dir, '--cfg-options', *LOADERS, f'train_cfg.max_iters={ITERATIONS}',
         'train_cfg.val_interval=1000', f'default_hooks.checkpoint.interval={ITERATIONS}')
     weights = torch.load(work_dir / f'iter_{ITERATIONS}.pth', weights_only=True)['state_dict']
@@ -59,6 +60,18 @@ def test_every_head_trains_and_is_tested_on_the_digits(folder, head, metrics):
     assert metrics <= set(measured)
     assert all(0 <= measured[name] <= 100 for name in metrics)
     assert len([path for path in (work_dir / 'pictures').rglob('*') if path.suffix in ('.jpg', '.png')]) == 4
+
+
+def test_a_classifier_with_supervision_trains_and_each_head_is_scored_plain_and_with_tta(folder):
+    config, work_dir = DEMO / 'revcol_nano_digits_cls.py', folder / 'cls'
+    run(folder, 'train.py', config, '--work-dir', work_dir, '--cfg-options', *LOADERS, 'train_cfg.max_epochs=1',
+        'default_hooks.checkpoint.interval=1', 'param_scheduler=[]', 'val_cfg=None', 'val_dataloader=None',
+        'val_evaluator=None')
+    for name, options in dict(plain=[], tta=['--tta']).items():
+        run(folder, 'test.py', config, work_dir / 'epoch_1.pth', '--work-dir', work_dir / name, *options)
+        measured = scores(work_dir / name)
+        assert {'accuracy/top5', *(f'accuracy/head{index}_top1' for index in range(4))} <= set(measured)
+        assert measured['accuracy/head3_top1'] == pytest.approx(measured['accuracy/top1'])  # the last one is the classifier
 
 
 def test_the_pretrained_backbone_fits_the_detector():

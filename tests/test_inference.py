@@ -160,6 +160,14 @@ def test_broken_images_are_reported_and_left_out(workshop, images, tmp_path, cap
     assert all(f'left out: {tmp_path / name}' in errors for name in ('text.jpg', 'empty.png', 'cut.jpg', 'one_pixel.png'))
 
 
+def test_an_image_that_the_pipeline_cannot_resize_is_left_out(workshop, images, tmp_path):
+    Image.new('RGB', (5000, 1)).save(tmp_path / 'thin.png')  # cv2.error, which is no ValueError
+    with pytest.raises(SystemExit) as stop:
+        run(workshop, 'detection', tmp_path / 'thin.png', *images, '--out', tmp_path / 'out')
+    assert stop.value.code == 3
+    assert [entry['file_name'] for entry in read(tmp_path / 'out')[0]['images']] == images
+
+
 def test_nothing_but_broken_images_fails(workshop, tmp_path):
     (tmp_path / 'text.jpg').write_text('no image')
     with pytest.raises(SystemExit) as stop:

@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from mmengine.optim import LinearLR, MultiStepLR, build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -22,14 +22,6 @@ from revcol_mm.models import RevCol
 LAYER_IDS = json.loads(gzip.decompress((Path(__file__).parent / 'data' / 'official_layer_ids.json.gz').read_bytes()))
 TINY = dict(type='RevCol', arch=dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=3))
 NUM_LAYERS = 5 - 1 + 3 - 1 + 3  # blocks of a column, columns, and the stem, the first block and the heads
-
-
-@pytest.fixture(autouse=True)
-def own_scope():
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
 
 
 class Detector(nn.Module):

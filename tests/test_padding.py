@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -369,7 +370,34 @@ def test_padding_while_loading_is_what_the_tool_does(checkpoint, tmp_path):
         assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize('shape, found', [((5, 5), 'mixed sizes'), ((5, 3), 'shape'), (None, '4×4: an even size')])
+def test_padding_while_loading_refuses_what_the_tool_refuses(shape, found):
+    weights = revcol().state_dict()
+    kernels = [key for key in weights if key.endswith('dwconv.weight')]
+    for key in kernels if shape is None else kernels[:1]:
+        weights[key] = torch.zeros(*weights[key].shape[:2], *(shape or (4, 4)))
+    with pytest.raises(CheckpointError, match=found):
+        RevCol(NANO, kernel_size=7, pad_pretrained=True).load_state_dict(weights)
+
+
 # What does not work
+
+
+def test_a_folded_network_is_named(tmp_path):
+    net = revcol()
+    net.switch_to_deploy()
+    torch.save(net.state_dict(), tmp_path / 'folded.pth')
+    with pytest.raises(SystemExit, match='folded.pth holds a folded RevCol'):
+        pad_kernels.main([str(tmp_path / 'folded.pth'), '--size', '7'])
+
+
+def test_a_missing_package_is_named(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    (tmp_path / 'in.safetensors').write_bytes(bytes(64))
+    for arguments in ([str(tmp_path / 'in.safetensors')], [str(checkpoint), '--out', str(tmp_path / 'out.safetensors')]):
+        with pytest.raises(SystemExit, match='need the package safetensors: pip install safetensors'):
+            pad_kernels.main([*arguments, '--size', '7'])
+    assert not (tmp_path / 'out.safetensors').exists()
 
 
 def garbage(path):

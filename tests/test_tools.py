@@ -13,7 +13,6 @@ import mmdet
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.visualization import Visualizer
 
 from revcol_mm import launch
@@ -131,12 +130,8 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_surroundings(monkeypatch, tmp_path):
-    """Every test starts its runs in its own folder, and leaves the default scope as it was."""
+    """Every test starts its runs in its own folder."""
     monkeypatch.chdir(tmp_path)
-    before = DefaultScope.get_current_instance()
-    yield
-    if before is not None:
-        init_default_scope(before.scope_name)
 
 
 def run(*command, variables=(), **kwargs):
@@ -268,6 +263,8 @@ def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_c
     seen = []
 
     class Runner:
+        load_checkpoint = None
+
         def train(self):
             pass
 
@@ -278,6 +275,7 @@ def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_c
     assert not seen[0].resume and seen[0].load_from == 'start.pth'
     assert 'starts from the weights of start.pth' in capsys.readouterr().out
     (tmp_path / 'w').mkdir()
+    torch.save(dict(state_dict={}, meta={}, optimizer={}, message_hub={}), tmp_path / 'w' / 'iter_2.pth')
     (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_2.pth')
     launch.train(arguments)
     assert seen[1].resume is True and seen[1].load_from is None  # mmengine's runner reads last_checkpoint itself
@@ -298,6 +296,16 @@ def test_a_missing_data_set_names_the_place_and_how_to_change_it(workshop):
         assert found in str(error.value)
     with pytest.raises(launch.LaunchError, match=r'data/coco.*train2017.*ln -s'):
         launch.train(['mask_rcnn_revcol_t'])
+
+
+def test_classes_that_the_annotations_do_not_have_and_broken_annotations_are_named(workshop, tmp_path):
+    config, key = str(workshop / 'detection.py'), 'train_dataloader.dataset'
+    with pytest.raises(launch.LaunchError, match=rf'has no category zero, one, which {key}.metainfo.classes names; it has 0'):
+        launch.train([config, '--cfg-options', f"{key}.metainfo.classes=('zero','one')"])
+    for text in ('{"images": [', '[]', '{"categories": 3}'):
+        (tmp_path / 'x.json').write_text(text)
+        with pytest.raises(launch.LaunchError, match='x.json is no annotation file in COCO format'):
+            launch.train([config, '--cfg-options', f'{key}.ann_file={tmp_path / "x.json"}'])
 
 
 def test_a_missing_damaged_or_foreign_checkpoint_is_named(workshop, tmp_path):
@@ -342,6 +350,43 @@ def test_a_checkpoint_of_another_model_is_not_tested(workshop, detector, tmp_pat
     assert '\n' not in message
 
 
+@pytest.mark.parametrize('option, found', [
+    ('model.backbone.kernel_size=5', r'dwconv\.weight.*tools/pad_kernels\.py'),
+    ('model.roi_head.bbox_head.fc_out_channels=8', 'size mismatch for roi_head.bbox_head.shared_fcs'),
+    ('model.backbone.arch.num_columns=2', 'subnet2')])
+def test_a_training_of_another_model_is_not_resumed(workshop, detector, option, found):
+    with pytest.raises(launch.CheckpointError, match=f'iter_2.pth does not fit.*{found}'):
+        launch.train([str(workshop / 'detection.py'), '--work-dir', 'w', '--resume', str(detector[1]), '--cfg-options', option])
+
+
+def test_what_holds_weights_only_or_is_cut_off_is_not_resumed(workshop, detector, tmp_path):
+    config = str(workshop / 'detection.py')
+    contents = torch.load(detector[1], weights_only=True)
+    torch.save(dict(state_dict=contents['state_dict'], meta=contents['meta']), tmp_path / 'published.pth')
+    with pytest.raises(launch.LaunchError, match='published.pth holds no message_hub and no optimizer.*load_from='):
+        launch.train([config, '--resume', 'published.pth'])
+    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w' / 'iter_1.pth').write_bytes(detector[1].read_bytes()[:5000])
+    (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_1.pth')
+    with pytest.raises(launch.CheckpointError, match='iter_1.pth'):
+        launch.train([config, '--resume', 'auto', '--work-dir', 'w'])
+
+
+def test_weights_of_which_nothing_or_only_other_kernels_fit_start_no_training(workshop, detector, tmp_path, caplog):
+    config = str(workshop / 'detection.py')
+    weights = torch.load(detector[1], weights_only=True)['state_dict']
+    torch.save({key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')},
+               tmp_path / 'backbone.pth')
+    arguments = [config, '--work-dir', 'w', '--cfg-options']
+    with pytest.raises(launch.CheckpointError, match="none of the weights of backbone.pth.*init_cfg=dict\\(type='Pretrained'"):
+        launch.train([*arguments, 'load_from=backbone.pth'])
+    larger = [f'load_from={detector[1]}', 'model.backbone.kernel_size=5', 'train_cfg.max_iters=1']
+    with pytest.raises(launch.CheckpointError, match='kernels of 3×3, and the model of 5×5: python tools/pad_kernels.py'):
+        launch.train([*arguments, *larger])
+    launch.train([*arguments, *larger, 'model.backbone.pad_pretrained=True'])
+    launch.train([*arguments, larger[0], 'train_cfg.max_iters=1', 'model.roi_head.bbox_head.fc_out_channels=8'])
+
+
 def test_a_config_without_a_test_is_named():
     with pytest.raises(launch.LaunchError, match='revcol_b_in22k.* no test_dataloader and no test_evaluator'):
         launch.test(['revcol_b_in22k', 'x.pth'])
@@ -363,7 +408,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
         launch.train(['scope.py'])
 
 
-def test_other_mistakes_are_named(workshop, tmp_path):
+def test_other_mistakes_are_named(workshop, tmp_path, capsys):
     (tmp_path / 'broken.py').write_text('model = dict(\n')
     with pytest.raises(launch.LaunchError, match='broken.py is not a valid config'):
         launch.train(['broken.py'])
@@ -372,6 +417,21 @@ def test_other_mistakes_are_named(workshop, tmp_path):
         launch.train(['notes.txt'])
     with pytest.raises(launch.LaunchError, match='--auto-scale-lr'):
         launch.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
+    detection = str(workshop / 'detection.py')
+    for option, found in (('model.backbone.kernel_size=4', 'kernel_size=4: an odd'), ('model.backbone.depth=1', 'depth'),
+                          ('visualizer.type=Foo', 'Foo')):
+        with pytest.raises(launch.LaunchError, match=f'detection.py cannot be built: .*{found}'):
+            launch.train([detection, '--work-dir', 'w', '--cfg-options', option])
+    with pytest.raises(SystemExit, match='2'):
+        launch.train([detection, '--cfg-options', 'train_cfg.max_iters'])
+    assert '--cfg-options: train_cfg.max_iters is no KEY=VALUE' in capsys.readouterr().err
+    with pytest.raises(launch.LaunchError, match='EMAHook.*custom_hooks='):
+        averaged = tmp_path / 'averaged.py'
+        averaged.write_text(f"_base_ = {detection!r}\ncustom_hooks = [dict(type='EMAHook')]\n")
+        launch.train([str(averaged), '--cfg-options', 'runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy'])
+    for launcher, name in dict(slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK', pytorch='WORLD_SIZE').items():
+        with pytest.raises(launch.LaunchError, match=f'--launcher {launcher}: .*{name}'):
+            launch.train([detection, '--launcher', launcher])
     torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
     with pytest.raises(launch.LaunchError, match=r'--out predictions.json.*\.pkl'):
         launch.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'predictions.json'])

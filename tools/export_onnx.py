@@ -10,14 +10,13 @@ import warnings
 from pathlib import Path
 from typing import List, Optional
 
-from mmengine.config import DictAction
 from mmengine.registry import MODELS, DefaultScope
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.export import SIZES, export_onnx  # noqa: E402
 from revcol_mm.inference import load_weights  # noqa: E402
-from revcol_mm.launch import LaunchError, check_checkpoint, load_config, model_errors, plain_errors  # noqa: E402
+from revcol_mm.launch import LaunchError, add_config_options, check_checkpoint, load_config, model_errors, plain_errors  # noqa: E402
 from revcol_mm.models import RevCol  # noqa: E402
 
 
@@ -30,8 +29,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--check', type=int, nargs=2, action='append', metavar=('H', 'W'), help='size of an image to check at; '
                         f'several times for several. Default: {", ".join(f"{h} {w}" for h, w in SIZES)}')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    add_config_options(parser)
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 

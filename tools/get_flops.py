@@ -11,12 +11,10 @@ import warnings
 from pathlib import Path
 from typing import List, Optional
 
-from mmengine.config import DictAction
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.flops import count, default_shape  # noqa: E402
-from revcol_mm.launch import LaunchError, load_config  # noqa: E402
+from revcol_mm.launch import LaunchError, add_config_options, load_config  # noqa: E402
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
@@ -24,8 +22,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('config', help='a detector, a segmentor or a classifier')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the image; default: '
                         '800 1280 for detection, 512 2048 or 640 2560 for segmentation, the test crop for classification')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings of the config to replace')
+    add_config_options(parser)
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 

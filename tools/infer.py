@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from mmengine.config import DictAction
 from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.inference import Numbering, build_inferencer, check_folder, find_images, predict  # noqa: E402
-from revcol_mm.launch import load_config, plain_errors  # noqa: E402
+from revcol_mm.launch import add_config_options, load_config, plain_errors  # noqa: E402
 
 SOME_LEFT_OUT = 3
 
@@ -37,8 +36,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--deploy', action='store_true', help='fold the backbone first (RevCol.switch_to_deploy)')
     parser.add_argument('--device', help='default: a GPU if there is one')
     parser.add_argument('--force', action='store_true', help="replace an earlier run's files")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='settings that replace those of the config')
+    add_config_options(parser)
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 

@@ -30,7 +30,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--std', type=float, default=1e-7, help='of the border (default: 1e-7)')
     parser.add_argument('--seed', type=int, default=0, help='of the border (default: 0)')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
-    parser.add_argument('--dry-run', action='store_true', help='check and print, write nothing')
+    parser.add_argument('--dry-run', action='store_true', help='check and print; write nothing but --report')
     parser.add_argument('--report', metavar='FILE', help='also write what was done as JSON')
     args = parser.parse_intermixed_args(argv)
     if args.checkpoint is None and isinstance(args.size[-1], str):  # --size 7 ckpt.pth

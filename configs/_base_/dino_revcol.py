@@ -9,7 +9,7 @@
 #       model.neck.num_outs=4 model.encoder.layer_cfg.self_attn_cfg.num_levels=4 \
 #       model.decoder.layer_cfg.cross_attn_cfg.num_levels=4
 # - Rates: layer decay in the backbone, as in all other fine-tuning of RevCol, in the place of DINO's 0.1 for the whole
-#   backbone.
+#   backbone. Its value and the drop path of B and L are those of their Cascade Mask R-CNN.
 _base_ = ['mmdet::dino/dino-5scale_swin-l_8xb2-36e_coco.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)

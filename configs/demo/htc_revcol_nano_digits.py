@@ -28,6 +28,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)))
 del width, roi_head, rcnn
 
+tta_pipeline = None  # not COCO's scales: tools/test.py --tta takes its default
 train_dataloader = _base_.digits_train_dataloader
 train_dataloader.dataset.update(
     data_prefix=dict(img='train/', seg='semantic/train/'),

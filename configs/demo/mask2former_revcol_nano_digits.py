@@ -34,6 +34,7 @@ model = dict(
 del width, num_classes, attention, position
 
 test_pipeline = _base_.digits_test_pipeline  # mmseg's inference reads it from here
+tta_pipeline = None  # not ADE20K's scales: tools/test.py --tta takes its default
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader
 test_dataloader = val_dataloader

@@ -20,6 +20,7 @@ model = dict(
 del norm, classes_first, outlines_too
 
 test_pipeline = _base_.digits_test_pipeline  # mmseg's inference reads it from here
+tta_pipeline = None  # not ADE20K's scales: tools/test.py --tta takes its default
 train_dataloader = _base_.digits_train_dataloader
 val_dataloader = _base_.digits_val_dataloader
 test_dataloader = val_dataloader

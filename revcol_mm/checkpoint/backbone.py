@@ -45,6 +45,9 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
     if len(prefixes) > 1:
         raise CheckpointError(f'{filename} holds several RevCols, under {prefixes}')
     prefix = prefixes[0]
+    if prefix + FOLDED in weights:
+        raise CheckpointError(f'{filename} holds a folded RevCol (switch_to_deploy), which is for inference only: take the '
+                              'checkpoint that it was made from')
     own = {key[len(prefix):]: value for key, value in weights.items()
            if re.match(r'(stem|subnet\d+)\.', key[len(prefix):]) and key.startswith(prefix)}
     arch = _infer_arch(own, filename)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .loading import find_state_dict
-from .safe import CheckpointError
+from .safe import CheckpointError, import_safetensors
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def write_checkpoint(contents: Any, file: IO[bytes], safetensors: bool = False) 
             share memory are written once each. Default: False, torch's format.
     """
     if safetensors:
-        from safetensors.torch import save
+        save = import_safetensors().torch.save
         weights, _ = find_state_dict(contents, file.name)
         file.write(save({key: _own_memory(value) for key, value in weights.items()}, metadata={'format': 'pt'}))
         return

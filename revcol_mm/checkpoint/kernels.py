@@ -67,8 +67,17 @@ def pad_on_load(module: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *
 
     A hook for :meth:`torch.nn.Module.register_load_state_dict_pre_hook`: ``RevCol(pad_pretrained=True)`` registers it, and
     then ``init_cfg``, ``load_from`` and ``load_state_dict`` alike pad as :func:`pad_checkpoint` does with seed 0.
+
+    Raises:
+        CheckpointError: kernels of mixed or even sizes, or that are no depthwise kernels.
     """
-    generator = torch.Generator().manual_seed(0)
-    for key, kernel in kernels_of(state_dict).items():
-        if key.startswith(prefix) and kernel.dim() == 4 and kernel.shape[-1] < module.kernel_size:
+    kernels = {key: kernel for key, kernel in kernels_of(state_dict).items() if key.startswith(prefix)}
+    if not kernels:
+        return
+    size = kernel_size_of(kernels, 'the checkpoint')
+    if size % 2 == 0:
+        raise CheckpointError(f'the checkpoint has kernels of {size}×{size}: an even size has no centre, and cannot be padded')
+    if size < module.kernel_size:
+        generator = torch.Generator().manual_seed(0)
+        for key, kernel in kernels.items():
             state_dict[key] = pad_kernel(kernel, draw_border(kernel.shape[0], module.kernel_size, STD, generator))

@@ -7,6 +7,7 @@ import struct
 import sys
 import warnings
 from collections import OrderedDict
+from types import ModuleType
 from typing import Any, Dict, Iterable, Optional, Union
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -99,13 +100,21 @@ def enable_safe_loading() -> None:
 # mmengine's log shows what follows 'load_from_' in the names of these loaders.
 
 def load_from_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
-    """Raises CheckpointError if the file is none of this format, or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Raises CheckpointError if the file is none of this format, or damaged, or the package safetensors is missing."""
+    safetensors = import_safetensors()
     try:
-        return load_file(os.path.expanduser(filename), device=str(map_location or 'cpu'))
-    except SafetensorError as error:
+        return safetensors.torch.load_file(os.path.expanduser(filename), device=str(map_location or 'cpu'))
+    except safetensors.SafetensorError as error:
         raise CheckpointError(f'{filename}: not a safetensors file, or a damaged one ({error})') from None
+
+
+def import_safetensors() -> ModuleType:
+    """Raises CheckpointError if the package is not installed."""
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise CheckpointError('.safetensors files need the package safetensors: pip install safetensors') from None
+    return safetensors
 
 
 def load_from_http(filename: str, map_location: Any = None) -> Any:

@@ -3,5 +3,6 @@
 from .classifier import IntermediateSupervisionClassifier
 from .heads import IntermediateSupervisionHead, RevColClsHead
 from .metrics import HeadAccuracy
+from .tta import HeadScoreTTA
 
-__all__ = ['HeadAccuracy', 'IntermediateSupervisionClassifier', 'IntermediateSupervisionHead', 'RevColClsHead']
+__all__ = ['HeadAccuracy', 'HeadScoreTTA', 'IntermediateSupervisionClassifier', 'IntermediateSupervisionHead', 'RevColClsHead']
