@@ -6,6 +6,7 @@ One pair of tools serves detection, segmentation and classification: the config'
 import argparse
 import contextlib
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -289,8 +290,12 @@ def _check_environment(launcher: str, names: Sequence[str]) -> None:
 
 
 def _leave_process_group() -> None:
-    """Ends a distributed run that went well: a process that exits with the group's threads alive can abort (gloo)."""
+    """Ends a distributed run that went well: a process that exits with the group's threads alive can abort (gloo).
+
+    What holds the group must be gone before: a sharded model does.
+    """
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -590,6 +595,7 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
         raise LaunchError('a BatchNorm has met a single value per channel (in UPerNet behind its 1×1 pooling), so this model '
                           'cannot train on one image at a time: raise train_dataloader.batch_size, or train on several GPUs '
                           f'with norm_cfg.type=SyncBN ({error})') from error
+    del runner
     _leave_process_group()
 
 
@@ -629,6 +635,7 @@ def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
     if dump:
         runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
     metrics = runner.test()
+    del runner
     _leave_process_group()
     return metrics
 

@@ -186,7 +186,8 @@ def test_make_passes_over_shims_that_run_nothing(tmp_path):
     script(tmp_path, 'python3.12', 'exit 127')
     script(tmp_path, 'python3.11', f'exec "{sys.executable}" "$@"')
     env = dict(os.environ, PATH=f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    env.pop('PYTHON', None)
+    for name in ('PYTHON', 'MAKEFLAGS', 'MAKEOVERRIDES', 'MFLAGS'):  # of a `make test PYTHON=…`
+        env.pop(name, None)
     assert 'python3.11 -c' in run('make', '-n', 'python', cwd=ROOT, env=env)
 
 
