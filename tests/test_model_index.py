@@ -17,6 +17,32 @@ ZOO = (ROOT / 'docs/model_zoo.md').read_text()
 ROWS = {match[1]: match[0] for match in re.finditer(r'^\| \[(\w+)\]\(.*$', ZOO, re.MULTILINE)}
 TASKS = {'mmdet': 'Object Detection', 'mmseg': 'Semantic Segmentation', 'mmpretrain': 'Image Classification'}
 
+#: The figures in the tables of the paper: top-1, box and mask AP, or mIoU at one and at several scales.
+PAPER = dict(
+    revcol_t_in1k=[82.2], revcol_s_in1k=[83.5], revcol_b_in1k=[84.1], revcol_b_in1k_224_ft=[85.6], revcol_l_in1k_224_ft=[86.6],
+    revcol_b_in1k_384_ft=[86.7], revcol_l_in1k_384_ft=[87.6], revcol_xl_in1k_384_ft=[88.2], revcol_h_in1k_640_ft=[90.0],
+    revcol_vit_s_in1k=[80.6], revcol_vit_b_in1k=[82.7],
+    cascade_rcnn_revcol_t=[50.6, 43.8], cascade_rcnn_revcol_s=[52.6, 45.5], cascade_rcnn_revcol_b=[53.0, 45.9],
+    cascade_rcnn_revcol_b_in22k=[55.0, 47.5], cascade_rcnn_revcol_l_in22k=[55.9, 48.4],
+    cascade_rcnn_revcol_t_1x=[48.8, 42.2], cascade_rcnn_revcol_s_1x=[51.1, 43.8], cascade_rcnn_revcol_b_1x=[51.6, 44.2],
+    cascade_rcnn_revcol_t_k5_1x=[49.5, 42.6], cascade_rcnn_revcol_t_k7_1x=[49.3, 42.4],
+    cascade_rcnn_revcol_t_k11_1x=[49.9, 42.7], htc_revcol_h=[61.1, 53.0], dino_revcol_h=[63.8],
+    upernet_revcol_t=[47.4, 47.6], upernet_revcol_s=[47.9, 49.0], upernet_revcol_b=[49.0, 50.1],
+    upernet_revcol_b_in22k=[52.7, 53.3], upernet_revcol_l_in22k=[53.4, 53.7], upernet_revcol_h=[57.8, 58.0],
+    mask2former_revcol_h=[60.4, 61.0])
+#: Of which the authors published the result.
+WEIGHTS = {
+    *(f'cascade_rcnn_revcol_{size}' for size in ('t', 's', 'b', 'b_in22k', 'l_in22k')),
+    *(f'upernet_revcol_{size}' for size in ('t', 's', 'b', 'b_in22k', 'l_in22k')),
+    *(f'revcol_{size}' for size in ('t_in1k', 's_in1k', 'b_in1k', 'b_in22k', 'l_in22k', 'b_in1k_224_ft', 'b_in1k_384_ft',
+                                    'l_in1k_224_ft', 'l_in1k_384_ft', 'h_in1k_640_ft'))}
+
+
+def test_metrics_are_the_papers_and_published_weights_are_linked():
+    assert {name: shown for name, model in MODELS.items()
+            if (shown := [value for result in model['Results'] for value in result['Metrics'].values()])} == PAPER
+    assert {name for name, model in MODELS.items() if 'Weights' in model} == WEIGHTS
+
 
 def test_every_config_is_listed_and_every_listed_config_is_there():
     assert sorted(MODELS) == sorted(ROWS) == CONFIGS
