@@ -7,8 +7,8 @@ custom_imports = dict(
 
 norm = dict(type='BN')
 # Seven pixels in eight are background. Little weight on it lets the classes be learned early (the auxiliary head's part), more
-# of it draws the outlines tighter (the decode head's). mmseg's weighted loss ends in an IndexError on padded pixels, so images must
-# not be smaller than 128 pixels; without weights, as in the other configs, they may.
+# of it draws the outlines tighter (the decode head's). mmseg's weighted loss ends in an IndexError on padded pixels, so images
+# must not be smaller than 128 pixels; without weights, as in the other configs, they may.
 classes_first = dict(class_weight=[1.0] * 10 + [0.1])
 outlines_too = dict(class_weight=[1.0] * 10 + [0.3])
 model = dict(
