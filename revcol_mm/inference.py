@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import cv2
 import mmcv
 import numpy as np
 import torch
@@ -403,7 +404,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
                 raise ValueError(f'has the id {image_id} of another image of the same name')
             image = read_image(path)
             results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
-        except Exception as error:  # this image's fault, or memory's; cv2.error is nothing narrower
+        except (ValueError, RuntimeError, OSError, ArithmeticError, cv2.error) as error:  # this image's fault, or memory's
             summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         height, width = image.shape[:2]

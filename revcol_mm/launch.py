@@ -20,6 +20,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -341,11 +342,10 @@ def _check_categories(dataset: dict, key: str) -> None:
 
     Those that are not would be trained without a single object, or end in mmdet with another complaint.
     """
-    classes = (dataset.get('metainfo') or {}).get('classes')
-    path = dataset.get('ann_file')
+    classes = BaseDataset._load_metainfo(dataset.get('metainfo')).get('classes')  # of a file, if it names one
+    path = dataset.get('ann_file') and osp.join(dataset.get('data_root') or '', dataset['ann_file'])
     if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or classes is None or not path or _is_remote(path):
         return
-    path = osp.join(dataset.get('data_root') or '', path)
     try:
         with open(path, encoding='utf-8') as file:
             categories = [category['name'] for category in json.load(file)['categories']]
@@ -439,7 +439,9 @@ def check_checkpoint(path: Optional[str], argument: str, resume: bool = False) -
         raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. Weights of '
                           "a backbone go into the config: model.backbone.init_cfg=dict(type='Pretrained', "
                           f"checkpoint='{path}')")
-    missing = [key for key in ('meta', 'message_hub', 'optimizer') if key not in keys]
+    missing = [key for key in ('meta', 'message_hub') if key not in keys]
+    if resume and 'optimizer' not in keys:
+        warnings.warn(f'{path} holds no optimizer state, which starts afresh')
     if resume and missing:
         raise LaunchError(f'{path} holds no {" and no ".join(missing)}, so no training can go on from it. To start one from '
                           f'its weights: --cfg-options load_from={path}')
@@ -646,7 +648,8 @@ def _load_strictly(runner) -> None:
     mmengine's own comparison, since it knows the wrappers (DDP, FSDP, test-time augmentation), and weights that a model renames
     or pads while it loads them.
     """
-    load = runner.load_checkpoint
+    owner = getattr(runner, 'strategy', runner)  # a FlexibleRunner's; it resumes by itself
+    load = owner.load_checkpoint
 
     def load_strictly(filename: str, **kwargs):
         try:
@@ -663,7 +666,7 @@ def _load_strictly(runner) -> None:
             raise CheckpointError(f"{filename} does not fit the config's model: {'; '.join(differences[:4])}"
                                   + '; …' * (len(differences) > 4) + padding) from error
 
-    runner.load_checkpoint = load_strictly
+    owner.load_checkpoint = load_strictly
 
 
 def _load_what_fits(runner) -> None:
@@ -679,14 +682,17 @@ def _load_what_fits(runner) -> None:
         weights = {key.removeprefix('module.'): value for key, value in weights.items()}
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         own = model.state_dict()
-        if not any(key in own and value.shape == own[key].shape for key, value in weights.items()):
+        # Of mmdet's teachers and students, for instance.
+        renames = type(model)._load_from_state_dict is not torch.nn.Module._load_from_state_dict
+        if not renames and not any(key in own and value.shape == own[key].shape for key, value in weights.items()):
             raise CheckpointError(f"none of the weights of {filename} ({some(weights, 2)}) fits the config's model "
                                   f"({some(own, 2)}). Weights of a backbone go into the config: model.backbone.init_cfg=dict("
                                   f"type='Pretrained', checkpoint='{filename}')")
         sizes = [(value.shape[-1], own[key].shape[-1]) for key, value in kernels_of(weights).items()
                  if key in own and value.dim() == 4 and value.shape != own[key].shape and value.shape[:2] == own[key].shape[:2]]
-        if sizes and not any(getattr(module, 'pad_pretrained', False) for module in model.modules()):
-            size, wanted = sizes[0]
+        size, wanted = sizes[0] if sizes else (0, 0)
+        padded = size < wanted and any(getattr(module, 'pad_pretrained', False) for module in model.modules())
+        if sizes and not padded:
             remedy = f': python tools/pad_kernels.py {filename} --size {wanted}' if size < wanted else ''
             raise CheckpointError(f'{filename} has kernels of {size}×{size}, and the model of {wanted}×{wanted}{remedy}')
         return load(filename, **kwargs)

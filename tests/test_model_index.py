@@ -7,7 +7,8 @@ import pytest
 import yaml
 from mmengine.config import Config
 
-from revcol_mm.flops import count, default_shape
+from revcol_mm.flops import Cost, count, default_shape
+from revcol_mm.version import installed_version
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -75,6 +76,9 @@ def test_entries_are_complete_and_agree_with_the_config(name):
 def test_counts_in_the_metafiles_and_the_zoo_are_what_the_counter_says(name):
     cfg = Config.fromfile(ROOT / f'configs/{name}.py')
     total, metadata = count(cfg)['total'], MODELS[name]['Metadata']
+    # The decoder's ref_point_head reads 1024 channels in onedl-mmdetection, 512 in mmdet: for 900 queries in six layers.
+    wider = 512 * 256 if name.startswith('dino') and installed_version('mmdet')[0].startswith('onedl') else 0
+    total = Cost(total.params - wider, total.macs - wider * 900 * 6)
     assert (metadata['Parameters'], metadata['FLOPs']) == (total.params, total.macs)
     assert metadata['FLOPs At'] == '{}x{}'.format(*default_shape(cfg))
     assert f'| {total.params / 1e6:,.1f}M | {total.macs / 1e9:,.1f}G |' in ROWS[name]

@@ -62,7 +62,8 @@ def gradients(net, image, weights, reversible, dtype=torch.float32, autocast=Non
 
 def worst_error(actual: dict, expected: dict) -> float:
     assert set(actual) == set(expected)
-    return max(((actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30)).item() for name in expected)
+    errors = [(actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30) for name in expected]
+    return torch.stack(errors).max().item()  # nan if any is, which Python's max may drop
 
 
 def compare(net, image, **kwargs) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.visualization import Visualizer
+from safetensors.torch import save_file
 
 from revcol_mm import launch
 from revcol_mm.datasets import make_digits
@@ -302,6 +303,9 @@ def test_classes_that_the_annotations_do_not_have_and_broken_annotations_are_nam
     config, key = str(workshop / 'detection.py'), 'train_dataloader.dataset'
     with pytest.raises(launch.LaunchError, match=rf'has no category zero, one, which {key}.metainfo.classes names; it has 0'):
         launch.train([config, '--cfg-options', f"{key}.metainfo.classes=('zero','one')"])
+    (tmp_path / 'names.txt').write_text('0\n1\nten\n')  # mmengine reads a file of class names
+    with pytest.raises(launch.LaunchError, match='has no category ten'):
+        launch.train([config, '--cfg-options', f'{key}.metainfo.classes=names.txt'])
     for text in ('{"images": [', '[]', '{"categories": 3}'):
         (tmp_path / 'x.json').write_text(text)
         with pytest.raises(launch.LaunchError, match='x.json is no annotation file in COCO format'):
@@ -355,16 +359,22 @@ def test_a_checkpoint_of_another_model_is_not_tested(workshop, detector, tmp_pat
     ('model.roi_head.bbox_head.fc_out_channels=8', 'size mismatch for roi_head.bbox_head.shared_fcs'),
     ('model.backbone.arch.num_columns=2', 'subnet2')])
 def test_a_training_of_another_model_is_not_resumed(workshop, detector, option, found):
-    with pytest.raises(launch.CheckpointError, match=f'iter_2.pth does not fit.*{found}'):
-        launch.train([str(workshop / 'detection.py'), '--work-dir', 'w', '--resume', str(detector[1]), '--cfg-options', option])
+    arguments = [str(workshop / 'detection.py'), '--work-dir', 'w', '--resume', str(detector[1]), '--cfg-options', option]
+    for runner in ('Runner', 'FlexibleRunner'):
+        with pytest.raises(launch.CheckpointError, match=f'iter_2.pth does not fit.*{found}'):
+            launch.train([*arguments, f'runner_type={runner}'])
 
 
 def test_what_holds_weights_only_or_is_cut_off_is_not_resumed(workshop, detector, tmp_path):
     config = str(workshop / 'detection.py')
     contents = torch.load(detector[1], weights_only=True)
     torch.save(dict(state_dict=contents['state_dict'], meta=contents['meta']), tmp_path / 'published.pth')
-    with pytest.raises(launch.LaunchError, match='published.pth holds no message_hub and no optimizer.*load_from='):
+    with pytest.raises(launch.LaunchError, match='published.pth holds no message_hub, so.*load_from=published.pth'):
         launch.train([config, '--resume', 'published.pth'])
+    del contents['optimizer']  # CheckpointHook(save_optimizer=False)
+    torch.save(contents, tmp_path / 'smaller.pth')
+    with pytest.warns(UserWarning, match='no optimizer state'):
+        launch.train([config, '--resume', 'smaller.pth', '--work-dir', 'smaller'])
     (tmp_path / 'w').mkdir()
     (tmp_path / 'w' / 'iter_1.pth').write_bytes(detector[1].read_bytes()[:5000])
     (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_1.pth')
@@ -384,6 +394,8 @@ def test_weights_of_which_nothing_or_only_other_kernels_fit_start_no_training(wo
     with pytest.raises(launch.CheckpointError, match='kernels of 3×3, and the model of 5×5: python tools/pad_kernels.py'):
         launch.train([*arguments, *larger])
     launch.train([*arguments, *larger, 'model.backbone.pad_pretrained=True'])
+    save_file(weights, tmp_path / 'weights.safetensors')
+    launch.train([*arguments, 'load_from=weights.safetensors', *larger[1:], 'model.backbone.kernel_size=3'])
     launch.train([*arguments, larger[0], 'train_cfg.max_iters=1', 'model.roi_head.bbox_head.fc_out_channels=8'])
 
 

@@ -103,7 +103,9 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> Dict[str, 
     """Raises CheckpointError if the file is none of this format, or damaged, or the package safetensors is missing."""
     safetensors = import_safetensors()
     try:
-        return safetensors.torch.load_file(os.path.expanduser(filename), device=str(map_location or 'cpu'))
+        device = str(map_location or 'cpu')
+        weights = safetensors.torch.load_file(os.path.expanduser(filename), device='cpu' if device == 'meta' else device)
+        return {key: value.to(device) for key, value in weights.items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f'{filename}: not a safetensors file, or a damaged one ({error})') from None
 

@@ -48,7 +48,8 @@ class InstanceTTAModel(DetTTAModel):
         negative step, which torch does not know, and a second time here.
         """
         for sample in itertools.chain.from_iterable(data['data_samples']):
-            sample.set_metainfo(dict(flip=False, flip_of_view=sample.metainfo.get('flip', False)))
+            flip = sample.metainfo.get('flip_of_view', sample.metainfo.get('flip', False))
+            sample.set_metainfo(dict(flip=False, flip_of_view=flip))
         return super().test_step(data)
 
     def _merge_single_sample(self, data_samples: Sequence[DetDataSample]) -> DetDataSample:
@@ -92,7 +93,7 @@ class InstanceTTAModel(DetTTAModel):
 def _undo_flip(sample: DetDataSample) -> InstanceData:
     """Predictions of a view, mapped back to the image: mmdet has undone the scale, not the flip."""
     view = sample.pred_instances
-    if not sample.metainfo.get('flip_of_view', False):
+    if not sample.metainfo.get('flip_of_view', sample.metainfo.get('flip', False)):
         return view
     direction = sample.metainfo['flip_direction']
     view = view[:]  # a copy: the view's own data sample stays as it was

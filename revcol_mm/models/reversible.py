@@ -155,7 +155,8 @@ class ReversibleColumn(nn.Module):
             if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
                 raise RuntimeError(f'level{index}{"." * bool(prefix)}{prefix} is sharded by itself, and a reversible column '
                                    'hands all its parameters to one node of the graph: shard whole columns '
-                                   '(strategy.type=RevColFSDPStrategy does), or build the backbone with reversible=False')
+                                   "(strategy.type=RevColFSDPStrategy does; FSDP's mixed precision wraps every BatchNorm by "
+                                   'itself), or build the backbone with reversible=False')
             found.update({f'{prefix}.{leaf}' if prefix else leaf: parameter
                           for leaf, parameter in module._parameters.items() if parameter is not None})
         known = set(map(id, found.values()))

@@ -5,6 +5,7 @@ A network of columns is a stem, ``num_columns`` columns that all read the stem's
 Its own part is two choices, both made where it builds its :class:`Column`: the *fusion* of each level (how y[l-1] and the
 features of the column before become one input), and the *blocks* behind it.
 """
+import collections.abc
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -111,7 +112,8 @@ class ColumnStack(BaseModule):
         super().__init__(init_cfg)
         self.depths, self.num_columns = tuple(depths), num_columns
         levels = range(len(self.depths))
-        if not isinstance(out_indices, (list, tuple)) or not out_indices or any(index not in levels for index in out_indices):
+        listed = isinstance(out_indices, collections.abc.Sequence)
+        if not listed or not out_indices or any(index not in levels for index in out_indices):
             raise ValueError(f'out_indices={out_indices!r}: levels from 0 to {len(self.depths) - 1}')
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_columns:
             raise ValueError(f'frozen_stages={frozen_stages!r}: -1 (nothing), 0 (the stem) to {num_columns} (the stem and '
