@@ -30,7 +30,7 @@ test_evaluator = val_evaluator
 
 optim_wrapper = _base_.digits_optim_wrapper
 optim_wrapper.optimizer.lr = 1.5e-3
-max_iters = 1200
+max_iters = 1000
 param_scheduler = _base_.digits_param_scheduler
 param_scheduler[1].end = max_iters
 train_cfg = dict(_base_.digits_train_cfg, max_iters=max_iters, val_interval=max_iters)
