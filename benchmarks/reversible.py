@@ -160,10 +160,11 @@ def cuda_steps(progress):
                 row = dict(arch=arch, size=size, batch=2, precision=name, peak_mib={}, seconds={})
                 for way in ('plain', 'checkpoint', 'reversible'):
                     row['peak_mib'][way] = cuda_peak(arch, size, 2, way, autocast)
-                row['seconds'] = step_times(arch, size, ('plain', 'checkpoint', 'reversible'), 'cuda', 2, autocast, 3)
+                ways = [way for way, peak in row['peak_mib'].items() if peak is not None]
+                row['seconds'] = step_times(arch, size, ways, 'cuda', 2, autocast, 3)
                 rows.append(row)
     for way in ('plain', 'reversible'):
-        for batch in (8, 4, 2, 1):
+        for batch in (64, 32, 16, 8, 4, 2, 1):
             progress(f'huge, batch {batch}, {way}')
             peak = cuda_peak('huge', (640, 640), batch, way, torch.bfloat16)
             if peak is not None:
@@ -218,7 +219,8 @@ def main():
         sys.exit('error: --device cuda: torch sees no GPU here')
     cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     name = torch.cuda.get_device_name() if args.device == 'cuda' else cpu
-    results = dict(device=name, torch=torch.__version__, image_size=args.size, memory={}, slope_of_plain={})
+    results = dict(device=name, torch=torch.__version__, image_size=args.size, memory_and_gradients_on=cpu, memory={},
+                   slope_of_plain={})
     counts = (4, 8, 16, 32)
     for arch in ('tiny', 'base'):  # S has T's widths and depths
         results['memory'][arch] = {
