@@ -387,7 +387,7 @@ class TestComplete:
         actual = {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
         assert worst_error(dict(actual, image=expected['image']), expected) <= TOLERANCE
 
-    @pytest.mark.parametrize('part', ['levels', 'blocks', 'columns'])
+    @pytest.mark.parametrize('part', ['levels', 'levels in place', 'blocks', 'columns'])
     def test_compiled_parts_train_reversibly(self, part):
         """torch.compile's wrapper shows every parameter under two names."""
         net = build(gamma=0.5, layer_scale=True)
@@ -396,9 +396,13 @@ class TestComplete:
         expected = gradients(net, image, weights, False)
         net.reversible = True
         parameters = list(net.parameters())
-        for owner, name in dict(
-                columns=[(net, 'subnet1')], levels=[(column, f'level{index}') for column in net.columns for index in range(4)],
-                blocks=[(column.level2.blocks, '0') for column in net.columns])[part]:
+        if part == 'levels in place':
+            for level in [level for column in net.columns for level in column.levels]:
+                level.compile(backend='eager')
+        wrapped = dict(
+            columns=[(net, 'subnet1')], levels=[(column, f'level{index}') for column in net.columns for index in range(4)],
+            blocks=[(column.level2.blocks, '0') for column in net.columns])
+        for owner, name in wrapped.get(part, ()):
             setattr(owner, name, torch.compile(getattr(owner, name), backend='eager'))
         sum((feature * weight).sum() for feature, weight in zip(net(image), weights)).backward()
         actual = {name.replace('_orig_mod.', ''): parameter.grad.double() for name, parameter in net.named_parameters()
