@@ -100,10 +100,14 @@ def slope(points):
     return statistics.linear_regression(*zip(*points)).slope
 
 
-def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7):
-    """Median seconds of the forward pass and of the whole step, the ways taking turns."""
+def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7, compiled=False):
+    """Median seconds of the forward pass and of the whole step, the ways taking turns; with the levels compiled, if asked."""
     torch.manual_seed(0)
     net = RevCol(arch).to(device).train()
+    if compiled:
+        torch._dynamo.config.cache_size_limit = 64
+        for level in [level for column in net.columns for level in column.levels]:
+            level.compile(dynamic=False)
     image = torch.randn(batch, 3, *size, device=device)
     times = {way: [] for way in ways}
     for repeat in track(range(repeats + 1), f'step time, {arch} at {size[0]}×{size[1]}', transient=True):
@@ -214,6 +218,7 @@ def main():
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--size', type=int, default=160, help='image size of the memory measurement (default: 160)')
     parser.add_argument('--repeats', type=int, default=7, help='rounds of the time measurement (default: 7)')
+    parser.add_argument('--compiled', action='store_true', help='also time them with torch.compile on every level')
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
         sys.exit('error: --device cuda: torch sees no GPU here')
@@ -229,7 +234,11 @@ def main():
         for what, index in (('kept', 1), ('peak', 2)):
             slopes = {way: slope([(row[0], row[index]) for row in rows]) for way, rows in results['memory'][arch].items()}
             results['slope_of_plain'][f'{arch}, {what}'] = {way: value / slopes['plain'] for way, value in slopes.items()}
-    times = step_times('small', (256, 256) if args.device == 'cpu' else (512, 512), WAYS, args.device, repeats=args.repeats)
+    size = (256, 256) if args.device == 'cpu' else (512, 512)
+    times = step_times('small', size, WAYS, args.device, repeats=args.repeats)
+    if args.compiled:
+        compiled = step_times('small', size, ('plain', 'reversible'), args.device, repeats=args.repeats, compiled=True)
+        times.update({f'{way}, levels compiled': value for way, value in compiled.items()})
     results['seconds_small'] = {way: dict(forward=forward, step=step) for way, (forward, step) in times.items()}
     results['time_of_plain'] = {way: dict(forward=forward / times['plain'][0], step=step / times['plain'][1])
                                 for way, (forward, step) in times.items()}
