@@ -61,7 +61,8 @@ class _Settings(DictAction):
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """``--cfg-options``, for every tool that takes a config."""
+    """``--cfg-options``, and the defaults of whatever else :func:`load_config` reads, for every tool that takes a config."""
+    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     parser.add_argument('--cfg-options', nargs='+', action=_Settings, metavar='KEY=VALUE',
                         help='settings that replace those of the config, e.g. train_dataloader.batch_size=4 '
                              'key="[a,b]" key="[(a,b),(c,d)]"')
@@ -342,9 +343,11 @@ def _check_categories(dataset: dict, key: str) -> None:
 
     Those that are not would be trained without a single object, or end in mmdet with another complaint.
     """
+    if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or not dataset.get('ann_file'):
+        return
+    path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
     classes = BaseDataset._load_metainfo(dataset.get('metainfo')).get('classes')  # of a file, if it names one
-    path = dataset.get('ann_file') and osp.join(dataset.get('data_root') or '', dataset['ann_file'])
-    if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or classes is None or not path or _is_remote(path):
+    if classes is None or _is_remote(path):
         return
     try:
         with open(path, encoding='utf-8') as file:
@@ -436,15 +439,19 @@ def check_checkpoint(path: Optional[str], argument: str, resume: bool = False) -
     keys = list(content) if isinstance(content, dict) else []
     if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
         found = ', '.join(map(str, keys[:5])) or f'a {type(content).__name__}'
-        raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. Weights of '
-                          "a backbone go into the config: model.backbone.init_cfg=dict(type='Pretrained', "
-                          f"checkpoint='{path}')")
+        raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. '
+                          + _place_of_backbones(path))
     missing = [key for key in ('meta', 'message_hub') if key not in keys]
     if resume and 'optimizer' not in keys:
         warnings.warn(f'{path} holds no optimizer state, which starts afresh')
     if resume and missing:
         raise LaunchError(f'{path} holds no {" and no ".join(missing)}, so no training can go on from it. To start one from '
                           f'its weights: --cfg-options load_from={path}')
+
+
+def _place_of_backbones(path: str) -> str:
+    return ("Weights of a backbone go into the config: model.backbone.init_cfg=dict(type='Pretrained', "
+            f"checkpoint='{path}')")
 
 
 # Test-time augmentation ------------------------------------------------------------------------------------------------------
@@ -472,9 +479,8 @@ def set_tta(cfg: Config) -> None:
     extras = dict(mmdet='revcol_mm.detection', mmpretrain='revcol_mm.classification')
     if scope in extras:
         importlib.import_module(extras[scope])
-    if scope == 'mmdet':
-        if model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
-            model.type = 'InstanceTTAModel'
+    if scope == 'mmdet' and model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
+        model.type = 'InstanceTTAModel'
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
@@ -580,12 +586,13 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     if args.auto_scale_lr:
         _set_auto_scale_lr(cfg, args.config)
     _set_resume(cfg, args.resume)
-    start = cfg.get('load_from') or (find_latest_checkpoint(cfg.work_dir) if cfg.get('resume') else None)
-    check_checkpoint(start, '--resume' if cfg.get('resume') else 'load_from', cfg.get('resume', False))
+    resume = cfg.get('resume', False)
+    start = cfg.get('load_from') or (find_latest_checkpoint(cfg.work_dir) if resume else None)
+    check_checkpoint(start, '--resume' if resume else 'load_from', resume)
     check_data(cfg, ('train', 'val'))
     check_pretrained(cfg, args.config)
     runner = build_runner(cfg)
-    if cfg.get('resume'):
+    if resume:
         _load_strictly(runner)
     elif isinstance(getattr(runner, 'model', None), torch.nn.Module):  # a FlexibleRunner builds it later
         _load_what_fits(runner)
@@ -661,7 +668,7 @@ def _load_strictly(runner) -> None:
             for line in filter(None, map(str.strip, str(error).splitlines()[1:] or [str(error)])):
                 what, colon, names = line.partition(': ')
                 differences.append(f'{what}{colon}{some(names.split(", ")) if " key" in what else names}')
-            kernels = any('size mismatch' in line and '.dwconv.weight' in line for line in str(error).splitlines())
+            kernels = any('size mismatch' in line and '.dwconv.weight' in line for line in differences)
             padding = '. Kernels grow by tools/pad_kernels.py' * kernels
             raise CheckpointError(f"{filename} does not fit the config's model: {'; '.join(differences[:4])}"
                                   + '; …' * (len(differences) > 4) + padding) from error
@@ -686,8 +693,7 @@ def _load_what_fits(runner) -> None:
         model._load_from_state_dict(weights, '', {}, False, [], [], [])
         if not any(key in own and value.shape == own[key].shape for key, value in weights.items()):
             raise CheckpointError(f"none of the weights of {filename} ({some(weights, 2)}) fits the config's model "
-                                  f"({some(own, 2)}). Weights of a backbone go into the config: model.backbone.init_cfg=dict("
-                                  f"type='Pretrained', checkpoint='{filename}')")
+                                  f'({some(own, 2)}). {_place_of_backbones(filename)}')
         sizes = [(value.shape[-1], own[key].shape[-1]) for key, value in kernels_of(weights).items()
                  if key in own and value.dim() == 4 and value.shape != own[key].shape and value.shape[:2] == own[key].shape[:2]]
         size, wanted = sizes[0] if sizes else (0, 0)

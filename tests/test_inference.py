@@ -40,12 +40,6 @@ def config(task: str) -> str:
     return str(ROOT / 'configs' / 'demo' / f'{CONFIGS[task]}.py')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _leave_no_default_scope():
-    yield
-    DefaultScope._instance_dict.clear()
-
-
 @pytest.fixture(scope='module')
 def workshop(tmp_path_factory):
     """A folder with images, and a checkpoint of random weights for each demo config, without class names in it."""

@@ -30,7 +30,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
                         f'several times for several. Default: {", ".join(f"{h} {w}" for h, w in SIZES)}')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
     add_config_options(parser)
-    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 
 

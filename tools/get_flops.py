@@ -23,7 +23,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the image; default: '
                         '800 1280 for detection, 512 2048 or 640 2560 for segmentation, the test crop for classification')
     add_config_options(parser)
-    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 
 

@@ -37,7 +37,6 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--device', help='default: a GPU if there is one')
     parser.add_argument('--force', action='store_true', help="replace an earlier run's files")
     add_config_options(parser)
-    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 
 

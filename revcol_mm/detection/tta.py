@@ -48,8 +48,7 @@ class InstanceTTAModel(DetTTAModel):
         negative step, which torch does not know, and a second time here.
         """
         for sample in itertools.chain.from_iterable(data['data_samples']):
-            flip = sample.metainfo.get('flip_of_view', sample.metainfo.get('flip', False))
-            sample.set_metainfo(dict(flip=False, flip_of_view=flip))
+            sample.set_metainfo(dict(flip=False, flip_of_view=_is_flipped(sample)))
         return super().test_step(data)
 
     def _merge_single_sample(self, data_samples: Sequence[DetDataSample]) -> DetDataSample:
@@ -90,10 +89,14 @@ class InstanceTTAModel(DetTTAModel):
         return ayes >= 0.5 * weights[:, None, None]
 
 
+def _is_flipped(sample: DetDataSample) -> bool:
+    return sample.metainfo.get('flip_of_view', sample.metainfo.get('flip', False))
+
+
 def _undo_flip(sample: DetDataSample) -> InstanceData:
     """Predictions of a view, mapped back to the image: mmdet has undone the scale, not the flip."""
     view = sample.pred_instances
-    if not sample.metainfo.get('flip_of_view', sample.metainfo.get('flip', False)):
+    if not _is_flipped(sample):
         return view
     direction = sample.metainfo['flip_direction']
     view = view[:]  # a copy: the view's own data sample stays as it was
