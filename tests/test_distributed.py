@@ -30,7 +30,7 @@ def loss_of(features) -> torch.Tensor:
     return sum(feature.square().mean() for feature in features)
 
 
-def train(rank, wrap, steps, folder) -> None:
+def train(rank, wrap, steps, folder, half=False) -> None:
     os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
@@ -49,7 +49,12 @@ def train(rank, wrap, steps, folder) -> None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         for _ in range(steps):
             optimizer.zero_grad()
-            loss_of(model(joint_batch()[2 * rank:2 * rank + 2])).backward()
+            if half:
+                with torch.autocast('cpu', torch.bfloat16):
+                    loss = loss_of(model(joint_batch()))
+            else:
+                loss = loss_of(model(joint_batch()[2 * rank:2 * rank + 2]))
+            loss.backward()
             optimizer.step()
         if isinstance(model, FullyShardedDataParallel):
             with FullyShardedDataParallel.summon_full_params(model):
@@ -82,6 +87,31 @@ def test_two_processes_train_as_one(wrap, tmp_path):
         # The mean of two halves and one mean round differently, twice; a lost or doubled gradient would be 100 % off.
         assert (result['state'][name] - value).norm() <= 1e-4 * moved + 1e-7, name
     assert result['drift'] < 1e-6
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes: the order of bfloat16's sums depends on it
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('wrap', ['ddp', 'fsdp_columns', 'fully_shard'])
+def test_autocast_on_two_processes(wrap, one_thread, tmp_path):
+    # Both see the same images here: bfloat16 sums of two halves would round differently.
+    mp.spawn(train, (wrap, 1, str(tmp_path), True), nprocs=2)
+    result = torch.load(tmp_path / 'result.pt', weights_only=True)
+    net = build()
+    start = {name: value.detach().clone() for name, value in net.named_parameters()}
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = loss_of(net(joint_batch()))
+    loss.backward()
+    for name, value in net.named_parameters():
+        if value.grad is not None:
+            step = 0.1 * value.grad
+            torch.testing.assert_close(result['state'][name], start[name] - step, rtol=1e-6, atol=1e-6 * step.abs().max().item())
+    assert result['drift'] == net.drift
 
 
 @pytest.mark.parametrize('wrapper', ['fsdp', 'fully_shard'])
