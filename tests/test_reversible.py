@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.reversible import memory, slope
 from revcol_mm.models import RevCol
+from revcol_mm.models.revcol import ConvNeXtBlock
 from revcol_mm.models.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_columns
 
 NARROW = dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=4)
@@ -203,7 +204,9 @@ class TestComplete:
         for rate, kept in ((0., False), (0.5, True)):
             net = build(drop_path_rate=rate, reversible=True)
             features = net(torch.randn(1, 3, 64, 64))
-            node = features[0].grad_fn.next_functions[2][0]  # the last column's; before it: the call, the stem's output
+            node = features[0].grad_fn
+            while not hasattr(node, 'rng'):  # back to the last column's
+                node = node.next_functions[-1][0]
             assert any(state is not None for state in node.rng) == kept
 
     def test_dropout_is_replayed_and_batch_norm_updated_once(self):
@@ -464,6 +467,21 @@ class TestComplete:
         with torch.autocast('cpu', torch.bfloat16):
             for ours, plain in zip(build(reversible=True)(image), build()(image)):
                 assert ours.dtype == plain.dtype and ours.is_contiguous()
+
+    @pytest.mark.parametrize('reversible', [False, True])
+    def test_gradients_run_through_the_blocks_in_the_layout_of_the_features(self, reversible):
+        net = build(reversible=reversible)
+        found = []
+
+        def watch(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda grad: found.append(grad.is_contiguous(memory_format=torch.channels_last)))
+
+        for module in net.modules():
+            if isinstance(module, ConvNeXtBlock):
+                module.register_forward_hook(watch)
+        sum(feature.sum() for feature in net(torch.randn(2, 3, 64, 64))).backward()
+        assert len(found) == sum(net.depths) * net.num_columns and all(found)
 
     def test_outputs_may_be_changed_in_place(self):
         net = build(reversible=True)

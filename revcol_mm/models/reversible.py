@@ -62,7 +62,7 @@ def keep_invertible(gamma: Tensor) -> Tensor:
 
 def couple(f: Tensor, gamma: Tensor, p: Tensor) -> Tensor:
     """Forward: y[l] = F[l](…) + γ[l]·p[l]."""
-    return f + gamma * p
+    return torch.addcmul(f, gamma, p)
 
 
 def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
@@ -314,7 +314,28 @@ def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequ
     for index, column in enumerate(columns):
         p = column(x, p, call)
         taken.update({(c, level): p[level] for c, level in outputs if c == index})
-    return _Outputs.apply(call, x, *(taken[key] for key in outputs))
+    return tuple(map(contiguous, _Outputs.apply(call, x, *(taken[key] for key in outputs))))
+
+
+def contiguous(feature: Tensor) -> Tensor:
+    """A contiguous copy, whose gradient comes back channels-last if the feature was.
+
+    The backward pass of a network in channels-last format runs in the layout of the gradient that it gets. In that of a
+    contiguous copy, every block would reorder it.
+    """
+    return _Contiguous.apply(feature) if feature.requires_grad else feature.contiguous()
+
+
+class _Contiguous(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, feature: Tensor):
+        ctx.channels_last = feature.dim() == 4 and feature.is_contiguous(memory_format=torch.channels_last)
+        return feature.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.contiguous(memory_format=torch.channels_last) if ctx.channels_last else grad
 
 
 class _Column(torch.autograd.Function):
@@ -334,19 +355,18 @@ class _Column(torch.autograd.Function):
         y_stream: List[Tensor] = []
         y: List[Tensor] = []
         after = call.record_rng()
-        with torch.autocast(**call.autocast):
-            for index, level in enumerate(column.levels):
-                before = after
+        for index, level in enumerate(column.levels):
+            before = after
+            with torch.autocast(**call.autocast):
                 f = level(y[-1] if y else x, *(p[j] for j in column.above[index]), **call.context)
-                after = call.record_rng()
-                changed = any(not torch.equal(a, b) for a, b in zip(before, after))
-                rng.append(before if changed else None)
-                feature_dtype = torch.result_type(f, column.gammas[index])
-                if not column.first:
-                    f = couple(f, keep_invertible(gammas[index]), stream[index])
-                feature = f.to(feature_dtype)
-                y.append(feature)
-                y_stream.append(f.to(STREAM_DTYPE))
+            after = call.record_rng()
+            changed = any(not torch.equal(a, b) for a, b in zip(before, after))
+            rng.append(before if changed else None)
+            feature_dtype = torch.result_type(f, column.gammas[index])
+            if not column.first:
+                f = couple(f, keep_invertible(gammas[index]), stream[index])
+            y.append(f.to(feature_dtype))
+            y_stream.append(f.to(STREAM_DTYPE))
         call.stream, call.dtypes = y_stream, [feature.dtype for feature in y]
         ctx.rng = rng
         # The stream itself, not its rounding: of that, the column before could not be rebuilt.
@@ -392,7 +412,7 @@ class _Column(torch.autograd.Function):
                                    parameters[start:end], wanted if grad is not None else [False] * len(wanted))
             value = f.detach()
             if coupled:
-                gamma = keep_invertible(gammas[index])
+                gamma = keep_invertible(gammas[index]).to(STREAM_DTYPE)
                 rebuilt = uncouple(y_stream[index], value, gamma)
                 if anchor:
                     call.drifts.append(_deviation(rebuilt, anchor[index]))
@@ -403,7 +423,8 @@ class _Column(torch.autograd.Function):
             else:
                 call.drifts.append(_deviation(y_stream[index], value))
             if grad is not None:
-                results = iter(torch.autograd.grad(f, leaves, grad.to(f.dtype), allow_unused=True) if leaves else ())
+                grad_feature = grad.to(call.dtypes[index])
+                results = iter(torch.autograd.grad(f, leaves, grad_feature.to(f.dtype), allow_unused=True) if leaves else ())
                 results = [next(results) if want else None for want in wanted]
                 if index:
                     grad_y[index - 1] = _add(grad_y[index - 1], results[0])
@@ -414,9 +435,9 @@ class _Column(torch.autograd.Function):
                 grad_parameters[start:end] = results[1 + len(above):]
                 if coupled:
                     if need_p[index]:
-                        grad_shortcut[index] = gamma.to(STREAM_DTYPE) * grad
+                        grad_shortcut[index] = gamma * grad
                     if need_gamma[index]:
-                        grad_gamma[index] = (grad.to(p[index].dtype) * p[index]).sum_to_size(gamma.shape).to(gamma.dtype)
+                        grad_gamma[index] = (grad_feature * p[index]).sum_to_size(gamma.shape).to(gammas[index].dtype)
             del f, leaves
             end = start
 
@@ -442,7 +463,7 @@ class _Outputs(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x, *call.stream)
         call.stream = None
-        return tuple(feature.clone(memory_format=torch.contiguous_format) for feature in features)
+        return features
 
     @staticmethod
     def backward(ctx, *grads: Optional[Tensor]):

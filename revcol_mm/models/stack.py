@@ -13,7 +13,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .reversible import DriftMonitor, ReversibleColumn, run_columns
+from .reversible import DriftMonitor, ReversibleColumn, contiguous, run_columns
 
 
 class Level(nn.Module):
@@ -208,7 +208,7 @@ class ColumnStack(BaseModule):
                 p = checkpoint(column, x, p, context=context, use_reentrant=False)
             else:
                 p = column(x, p, context=context)
-            taken.update({(c, level): p[level].contiguous() for c, level in outputs if c == index})
+            taken.update({(c, level): contiguous(p[level]) for c, level in outputs if c == index})
         if rebuild and frozen < len(columns):
             wanted = [key for key in outputs if key not in taken]
             features = run_columns(columns[frozen:], x, p, [(c - frozen, level) for c, level in wanted], self.monitor, context)
