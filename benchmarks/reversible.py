@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from revcol_mm.models import RevCol  # noqa: E402
 
 RESULTS = Path(__file__).parent / 'results'
+BATCHES = (1, 8)  # of the timed steps
 WAYS = ('plain', 'checkpoint', 'naive', 'reversible')
 LABELS = dict(plain='plain autograd', checkpoint='checkpoint per column', naive='naive float32 inverse',
               reversible='reversible')
@@ -101,7 +102,7 @@ def slope(points):
 
 
 def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7, compiled=False):
-    """Median seconds of the forward pass and of the whole step, the ways taking turns; with the levels compiled, if asked."""
+    """Seconds of the forward pass and of the whole step, round by round, the ways taking turns; levels compiled, if asked."""
     torch.manual_seed(0)
     net = RevCol(arch).to(device).train()
     if compiled:
@@ -110,21 +111,31 @@ def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7, comp
             level.compile(dynamic=False)
     image = torch.randn(batch, 3, *size, device=device)
     times = {way: [] for way in ways}
-    for repeat in track(range(repeats + 1), f'step time, {arch} at {size[0]}×{size[1]}', transient=True):
+    for _ in track(range(repeats), f'step time, {batch} × {arch} at {size[0]}×{size[1]}', transient=True):
         for way in ways:
             with way_of(way) as kwargs:
                 net.reversible, net.with_cp = kwargs.get('reversible', False), kwargs.get('with_cp', False)
                 net.monitor.threshold = kwargs.get('drift_threshold')
-                net.zero_grad(set_to_none=True)
-                marks = [now(device)]
-                with torch.autocast(device, autocast, enabled=autocast is not None):
-                    loss = sum(feature.float().square().mean() for feature in net(image))
-                marks.append(now(device))
-                loss.backward()
-                marks.append(now(device))
-            if repeat:  # the first round warms up
-                times[way].append((marks[1] - marks[0], marks[2] - marks[0]))
-    return {way: [statistics.median(column) for column in zip(*rows)] for way, rows in times.items()}
+                for _ in range(2):  # the first one leaves the allocator as the way before it does not
+                    net.zero_grad(set_to_none=True)
+                    marks = [now(device)]
+                    with torch.autocast(device, autocast, enabled=autocast is not None):
+                        loss = sum(feature.float().square().mean() for feature in net(image))
+                    marks.append(now(device))
+                    loss.backward()
+                    marks.append(now(device))
+            times[way].append((marks[1] - marks[0], marks[2] - marks[0]))
+    return times
+
+
+def medians(rounds):
+    return dict(zip(('forward', 'step'), map(statistics.median, zip(*rounds))))
+
+
+def of_plain(times):
+    """Median of a way's time, relative to the plain one's of the same round."""
+    return {way: medians([[own / plain for own, plain in zip(*pair)] for pair in zip(rounds, times['plain'])])
+            for way, rounds in times.items()}
 
 
 def now(device):
@@ -165,7 +176,8 @@ def cuda_steps(progress):
                 for way in ('plain', 'checkpoint', 'reversible'):
                     row['peak_mib'][way] = cuda_peak(arch, size, 2, way, autocast)
                 ways = [way for way, peak in row['peak_mib'].items() if peak is not None]
-                row['seconds'] = step_times(arch, size, ways, 'cuda', 2, autocast, 3)
+                times = step_times(arch, size, ways, 'cuda', 2, autocast, 3)
+                row['seconds'] = {way: medians(rounds) for way, rounds in times.items()}
                 rows.append(row)
     for way in ('plain', 'reversible'):
         for batch in (64, 32, 16, 8, 4, 2, 1):
@@ -235,13 +247,14 @@ def main():
             slopes = {way: slope([(row[0], row[index]) for row in rows]) for way, rows in results['memory'][arch].items()}
             results['slope_of_plain'][f'{arch}, {what}'] = {way: value / slopes['plain'] for way, value in slopes.items()}
     size = (256, 256) if args.device == 'cpu' else (512, 512)
-    times = step_times('small', size, WAYS, args.device, repeats=args.repeats)
-    if args.compiled:
-        compiled = step_times('small', size, ('plain', 'reversible'), args.device, repeats=args.repeats, compiled=True)
-        times.update({f'{way}, levels compiled': value for way, value in compiled.items()})
-    results['seconds_small'] = {way: dict(forward=forward, step=step) for way, (forward, step) in times.items()}
-    results['time_of_plain'] = {way: dict(forward=forward / times['plain'][0], step=step / times['plain'][1])
-                                for way, (forward, step) in times.items()}
+    results['seconds_small'], results['time_of_plain'] = {}, {}
+    for batch in BATCHES:
+        times = step_times('small', size, WAYS, args.device, batch, None, args.repeats)
+        if args.compiled:
+            compiled = step_times('small', size, ('plain', 'reversible'), args.device, batch, None, args.repeats, compiled=True)
+            times.update({f'{way}, levels compiled': rounds for way, rounds in compiled.items()})
+        results['seconds_small'][f'batch {batch}'] = {way: medians(rounds) for way, rounds in times.items()}
+        results['time_of_plain'][f'batch {batch}'] = of_plain(times)
     results['gradient_error'] = {
         way: [(gamma, count, gradient_error(count, gamma, way)) for gamma in (0.5, 0.1) for count in counts]
         for way in track(WAYS, 'gradient error', transient=True)}
