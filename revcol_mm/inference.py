@@ -29,7 +29,8 @@ from .checkpoint import CheckpointError, read_checkpoint
 from .checkpoint.files import check_output, write_whole
 from .checkpoint.loading import check_weights, find_meta, find_state_dict
 from .checkpoint.safe import some
-from .launch import PACKAGES, LaunchError, check_checkpoint, model_errors
+from .checks import LaunchError, check_checkpoint
+from .launch import PACKAGES, model_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 TOP = 5  # classes that a classifier's JSON names per image

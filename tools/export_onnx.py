@@ -14,9 +14,10 @@ from mmengine.registry import MODELS, DefaultScope
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from revcol_mm.checks import LaunchError, check_checkpoint  # noqa: E402
 from revcol_mm.export import SIZES, export_onnx  # noqa: E402
 from revcol_mm.inference import load_weights  # noqa: E402
-from revcol_mm.launch import LaunchError, add_config_options, check_checkpoint, load_config, model_errors, plain_errors  # noqa: E402
+from revcol_mm.launch import add_config_options, load_config, model_errors, plain_errors  # noqa: E402
 from revcol_mm.models import RevCol  # noqa: E402
 
 

@@ -13,8 +13,9 @@ from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from revcol_mm.checks import LaunchError  # noqa: E402
 from revcol_mm.flops import count, default_shape  # noqa: E402
-from revcol_mm.launch import LaunchError, add_config_options, load_config  # noqa: E402
+from revcol_mm.launch import add_config_options, load_config  # noqa: E402
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
-from revcol_mm.launch import LaunchError, load_config  # noqa: E402
+from revcol_mm.checks import LaunchError  # noqa: E402
+from revcol_mm.launch import load_config  # noqa: E402
 
 
 def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
