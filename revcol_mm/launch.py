@@ -19,6 +19,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -398,9 +399,36 @@ def build_runner(cfg: Config):
                           '--cfg-options custom_hooks="[]"; or leave this one out in a config of your own')
     if get_device() == 'cpu':
         fit_to_cpu(cfg)
-    try:
+    with _build_errors(cfg):
         return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+class _Begun(Hook):
+    """Tells the errors of a run from those of its parts, most of which a runner builds when the run is asked for."""
+
+    value = False
+
+    def before_train(self, runner) -> None:
+        self.value = True
+
+    before_test = before_train
+
+
+@contextlib.contextmanager
+def _build_errors(cfg: Config, runner=None) -> Iterator[None]:
+    """While the parts of a run are built; with a ``runner``, while it runs.
+
+    Raises:
+        LaunchError: for settings that a part refuses, with its place.
+    """
+    begun = _Begun()
+    if runner is not None:
+        runner.register_hook(begun, priority='VERY_HIGH')
+    try:
+        yield
     except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if begun.value:
+            raise
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = error.args[0] if error.args else 'no reason given'
         raise LaunchError(f'{cfg.filename} cannot be built: {type(error).__name__}: {reason} ({where.filename}, line '
@@ -432,7 +460,8 @@ def train(argv: Optional[Sequence[str]] = None) -> None:
     elif isinstance(getattr(runner, 'model', None), torch.nn.Module):  # a FlexibleRunner builds it later
         _load_what_fits(runner)
     try:
-        runner.train()
+        with _build_errors(cfg, runner):
+            runner.train()
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's
             raise
@@ -478,7 +507,8 @@ def test(argv: Optional[Sequence[str]] = None) -> Dict[str, float]:
     _load_strictly(runner)
     if dump:
         runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
-    metrics = runner.test()
+    with _build_errors(cfg, runner):
+        metrics = runner.test()
     del runner
     _leave_process_group()
     return metrics

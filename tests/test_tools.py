@@ -249,6 +249,9 @@ def test_amp_resume_auto_scale_lr_and_cfg_options_mean_what_they_mean_in_mmdet(w
         def train(self):
             pass
 
+        def register_hook(self, hook, priority):
+            pass
+
     monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or Runner())
     launch.train([str(workshop / 'detection.py'), '--amp', '--resume', '--auto-scale-lr', '--work-dir', 'w', '--cfg-options',
                   'auto_scale_lr.base_batch_size=32', 'model.test_cfg.rcnn.max_per_img=3'])
@@ -267,6 +270,9 @@ def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_c
         load_checkpoint = None
 
         def train(self):
+            pass
+
+        def register_hook(self, hook, priority):
             pass
 
     monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or Runner())
@@ -431,7 +437,8 @@ def test_other_mistakes_are_named(workshop, tmp_path, capsys):
         launch.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
     detection = str(workshop / 'detection.py')
     for option, found in (('model.backbone.kernel_size=4', 'kernel_size=4: an odd'), ('model.backbone.depth=1', 'depth'),
-                          ('visualizer.type=Foo', 'Foo')):
+                          ('visualizer.type=Foo', 'Foo'), ('train_dataloader.batch_size=0', 'batch_size=0'),
+                          ('optim_wrapper.optimizer.lr=-1', 'Invalid learning rate: -1')):
         with pytest.raises(launch.LaunchError, match=f'detection.py cannot be built: .*{found}'):
             launch.train([detection, '--work-dir', 'w', '--cfg-options', option])
     with pytest.raises(SystemExit, match='2'):
