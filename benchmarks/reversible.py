@@ -133,9 +133,9 @@ def medians(rounds):
 
 
 def of_plain(times):
-    """Median of a way's time, relative to the plain one's of the same round."""
-    return {way: medians([[own / plain for own, plain in zip(*pair)] for pair in zip(rounds, times['plain'])])
-            for way, rounds in times.items()}
+    """Median times relative to the plain way's."""
+    plain = medians(times['plain'])
+    return {way: {part: time / plain[part] for part, time in medians(rounds).items()} for way, rounds in times.items()}
 
 
 def now(device):

@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Reversible training: the gradients of plain autograd, with nothing stored."""
 import copy
+import io
 import math
 import warnings
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.reversible import memory, slope
-from revcol_mm.models import RevCol
+from revcol_mm.models import RevCol, RevColC2f
 from revcol_mm.models.revcol import ConvNeXtBlock
 from revcol_mm.models.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_columns
 
@@ -299,6 +300,20 @@ class TestComplete:
             results.append(dict(enumerate(torch.autograd.grad(inner.square().sum(), wanted))))
         assert worst_error(*results) <= TOLERANCE
 
+    @pytest.mark.parametrize('outputs', [[(0, 0)], [(2, 3)], [(1, 2), (2, 0)]])
+    def test_later_columns_that_are_not_asked_for_do_not_run(self, outputs):
+        net = build(layer_scale=True)
+        image = torch.randn(2, 3, 64, 64)
+        results = []
+        for reversible in (True, False):
+            net.reversible = reversible
+            net.zero_grad()
+            sum(feature.square().sum() for feature in net(image, outputs=outputs)).backward()
+            results.append({name: parameter.grad.double() for name, parameter in net.named_parameters()
+                            if parameter.grad is not None})
+        assert worst_error(*results) <= TOLERANCE
+        assert not any(name.startswith('subnet3') for name in results[0])
+
     def test_autograd_grad(self):
         net = build(layer_scale=True)
         image = torch.randn(2, 3, 64, 64)
@@ -483,10 +498,27 @@ class TestComplete:
         sum(feature.sum() for feature in net(torch.randn(2, 3, 64, 64))).backward()
         assert len(found) == sum(net.depths) * net.num_columns and all(found)
 
-    def test_outputs_may_be_changed_in_place(self):
-        net = build(reversible=True)
-        sum(nn.functional.relu(feature, inplace=True).sum() for feature in net(torch.randn(1, 3, 64, 64))).backward()
-        assert net.drift < 1e-6
+    # Plain C2f columns are left out: their contiguous outputs feed the next level, and autograd refuses to have them changed.
+    @pytest.mark.parametrize('kind, reversible', [(RevCol, False), (RevCol, True), (RevColC2f, True)])
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+    @pytest.mark.parametrize('size', [64, 32])  # at 32, level 3 is 1×1: both layouts at once
+    def test_outputs_may_be_changed_in_place(self, kind, size, dtype, reversible):
+        torch.manual_seed(0)
+        net = kind(dict(NARROW, num_columns=2), reversible=reversible).to(dtype).train()
+        image, results = torch.randn(2, 3, size, size, dtype=dtype), []
+        for inplace in (True, False):
+            net.zero_grad()
+            sum(nn.functional.relu(feature, inplace=inplace).sum() for feature in net(image)).backward()
+            results.append({name: parameter.grad.double() for name, parameter in net.named_parameters()
+                            if parameter.grad is not None})
+        assert worst_error(*results) <= TOLERANCE
+
+    def test_a_network_can_be_traced_with_gradients(self):
+        net, image, file = build().eval(), torch.randn(1, 3, 64, 64), io.BytesIO()
+        torch.jit.save(torch.jit.trace(net, image, check_trace=False), file)  # the check compares mangled class names
+        file.seek(0)
+        for traced, plain in zip(torch.jit.load(file)(image), net(image)):
+            torch.testing.assert_close(traced, plain)
 
 
 class _Fickle(nn.Module):

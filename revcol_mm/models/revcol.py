@@ -198,8 +198,8 @@ class RevCol(ColumnStack):
         Args:
             x: images, (N, in_channels, H, W), H and W ≥ 32.
             outputs: (column, level), both from 0, of each feature to return, without output norms. Inner columns' features
-                have exact gradients in reversible training too, and are not stored for them. Default: None, the levels in
-                ``out_indices`` of the last column.
+                have exact gradients in reversible training too, and are not stored for them; columns behind the last one named
+                do not run. Default: None, the levels in ``out_indices`` of the last column.
 
         Returns:
             tuple[Tensor]: for each l in ``out_indices``, or each (column, l) in ``outputs``, (N, C[l], H/4/2^l, W/4/2^l)
@@ -212,7 +212,7 @@ class RevCol(ColumnStack):
         if outputs is not None:
             outputs = [tuple(output) for output in outputs]
             missing = [output for output in outputs if output[0] not in range(self.num_columns) or output[1] not in range(4)]
-            if missing:
+            if missing or not outputs:
                 raise ValueError(f'outputs={missing}: (column, level) pairs, columns from 0 to {self.num_columns - 1} and '
                                  'levels from 0 to 3')
         features = self.run_columns(self.stem(x.contiguous(memory_format=torch.channels_last)), outputs)

@@ -293,7 +293,8 @@ def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequ
         x: the stem's output.
         p: features of the (frozen) column before the stack; None if the stack starts with the first column.
         outputs: (column, level) of each feature to return. Default: all levels of the last column. Features of inner
-            columns can be outputs as well: their gradients are exact, and they are still not stored.
+            columns can be outputs as well: their gradients are exact, and they are still not stored. Columns behind the last
+            one named do not run.
         monitor: reads the drift.
         context: keyword arguments of every level, in the forward pass and in the recomputation alike, e.g. an attention mask.
             They get no gradients, and must not be changed before the backward pass.
@@ -306,9 +307,9 @@ def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequ
         ValueError: for a tensor in ``context`` that requires a gradient.
         RuntimeError: on a device without float64; in a backward pass with ``create_graph=True``.
     """
-    last = len(columns) - 1
     if outputs is None:
-        outputs = [(last, level) for level in range(columns[last].num_levels)]
+        outputs = [(len(columns) - 1, level) for level in range(columns[-1].num_levels)]
+    columns = columns[:1 + max(column for column, _ in outputs)]  # the backward pass rebuilds from the last one that runs
     call = ReversibleCall(columns, x, monitor or DriftMonitor(), context)
     taken = {}
     for index, column in enumerate(columns):
@@ -318,12 +319,14 @@ def run_columns(columns: Sequence[ReversibleColumn], x: Tensor, p: Optional[Sequ
 
 
 def contiguous(feature: Tensor) -> Tensor:
-    """A contiguous copy, whose gradient comes back channels-last if the feature was.
+    """The feature, contiguous; the gradient of a copy comes back channels-last if the feature was.
 
     The backward pass of a network in channels-last format runs in the layout of the gradient that it gets. In that of a
     contiguous copy, every block would reorder it.
     """
-    return _Contiguous.apply(feature) if feature.requires_grad else feature.contiguous()
+    if feature.is_contiguous() or not feature.requires_grad or torch.jit.is_tracing():
+        return feature.contiguous()
+    return _Contiguous.apply(feature)
 
 
 class _Contiguous(torch.autograd.Function):
@@ -463,7 +466,8 @@ class _Outputs(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(x, *call.stream)
         call.stream = None
-        return features
+        # What is contiguous becomes an output of the network as it is: copies, that it may be changed in place.
+        return tuple(feature.clone() if feature.is_contiguous() else feature for feature in features)
 
     @staticmethod
     def backward(ctx, *grads: Optional[Tensor]):

@@ -191,11 +191,11 @@ class ColumnStack(BaseModule):
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.float()  # every column adds to the gradient of x; in half precision that sum would lose the small terms
-        columns = self.columns
+        if outputs is None:
+            outputs = [(self.num_columns - 1, level) for level in self.out_indices]
+        columns = self.columns[:1 + max(column for column, _ in outputs)]
         # Frozen columns run without a graph, unless the gradient of the image is asked for, which passes through them.
         frozen = 0 if x.requires_grad else max(self.frozen_stages, 0)
-        if outputs is None:
-            outputs = [(len(columns) - 1, level) for level in self.out_indices]
         taken: Dict[Tuple[int, int], Tensor] = {}
         trains = self.training and torch.is_grad_enabled()
         rebuild = self.reversible and trains
