@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Reversible training on several processes: gradients of two gloo processes equal those of one on the joint batch."""
+import gc
 import os
 
 import pytest
@@ -35,38 +36,46 @@ def train(rank, wrap, steps, folder, half=False) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     try:
-        net = build()
-        if wrap == 'fully_shard':
-            mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (2, ))
-            for column in net.columns:
-                fully_shard(column, mesh=mesh)
-            model = fully_shard(net, mesh=mesh)
-        elif wrap.startswith('fsdp'):
-            policy = ModuleWrapPolicy({ReversibleColumn}) if wrap == 'fsdp_columns' else None
-            model = FullyShardedDataParallel(net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device('cpu'))
-        else:
-            model = DistributedDataParallel(net, find_unused_parameters=wrap == 'ddp_unused', static_graph=wrap == 'ddp_static')
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            if half:
-                with torch.autocast('cpu', torch.bfloat16):
-                    loss = loss_of(model(joint_batch()))
-            else:
-                loss = loss_of(model(joint_batch()[2 * rank:2 * rank + 2]))
-            loss.backward()
-            optimizer.step()
-        if isinstance(model, FullyShardedDataParallel):
-            with FullyShardedDataParallel.summon_full_params(model):
-                state = {name.replace('_fsdp_wrapped_module.', ''): value.detach().clone()
-                         for name, value in model.named_parameters()}
-        else:
-            state = {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-                     for name, value in net.named_parameters()}
+        state, drift = take_steps(rank, wrap, steps, half)
         if rank == 0:
-            torch.save(dict(state=state, drift=net.drift), f'{folder}/result.pt')
+            torch.save(dict(state=state, drift=drift), f'{folder}/result.pt')
+        # gloo's threads let go of the last operation's tensors a little after it; an interpreter that ends meanwhile aborts.
+        gc.collect()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def take_steps(rank, wrap, steps, half) -> tuple:
+    net = build()
+    if wrap == 'fully_shard':
+        mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (2, ))
+        for column in net.columns:
+            fully_shard(column, mesh=mesh)
+        model = fully_shard(net, mesh=mesh)
+    elif wrap.startswith('fsdp'):
+        policy = ModuleWrapPolicy({ReversibleColumn}) if wrap == 'fsdp_columns' else None
+        model = FullyShardedDataParallel(net, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device('cpu'))
+    else:
+        model = DistributedDataParallel(net, find_unused_parameters=wrap == 'ddp_unused', static_graph=wrap == 'ddp_static')
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        if half:
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = loss_of(model(joint_batch()))
+        else:
+            loss = loss_of(model(joint_batch()[2 * rank:2 * rank + 2]))
+        loss.backward()
+        optimizer.step()
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            state = {name.replace('_fsdp_wrapped_module.', ''): value.detach().clone()
+                     for name, value in model.named_parameters()}
+    else:
+        state = {name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+                 for name, value in net.named_parameters()}
+    return state, net.drift
 
 
 @pytest.mark.parametrize('wrap', ['ddp', 'ddp_unused', 'ddp_static', 'fsdp', 'fsdp_columns', 'fully_shard'])
