@@ -58,8 +58,11 @@ def gradients(net, image, weights, reversible, dtype=torch.float32, autocast=Non
     with torch.autocast('cpu', autocast, enabled=autocast is not None):
         features = net(image)
     sum((feature * weight.to(feature.dtype)).sum() for feature, weight in zip(features, weights)).backward()
-    grads = {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
-    return dict(grads, image=image.grad.double())
+    return dict(gradients_of(net), image=image.grad.double())
+
+
+def gradients_of(net) -> dict:
+    return {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
 def worst_error(actual: dict, expected: dict) -> float:
@@ -135,8 +138,7 @@ class TestExact:
                     y.append(s.float())
                 p, stream = y, y_stream
         sum((feature * weight).sum() for feature, weight in zip(p, weights)).backward()
-        expected = {name: parameter.grad.double() for name, parameter in stored.named_parameters()
-                    if parameter.grad is not None}
+        expected = gradients_of(stored)
         # The features are the same to the bit. What is left: gradients summed in float64 there, in float32 here, and rounded to
         # bfloat16 inside of F.
         assert worst_error(ours, dict(expected, image=leaf.grad.double())) <= 1e-3
@@ -309,8 +311,7 @@ class TestComplete:
             net.reversible = reversible
             net.zero_grad()
             sum(feature.square().sum() for feature in net(image, outputs=outputs)).backward()
-            results.append({name: parameter.grad.double() for name, parameter in net.named_parameters()
-                            if parameter.grad is not None})
+            results.append(gradients_of(net))
         assert worst_error(*results) <= TOLERANCE
         assert not any(name.startswith('subnet3') for name in results[0])
 
@@ -402,7 +403,7 @@ class TestComplete:
         net.reversible = True
         features = torch.compile(net, backend='eager')(image)
         sum((feature * weight).sum() for feature, weight in zip(features, weights)).backward()
-        actual = {name: parameter.grad.double() for name, parameter in net.named_parameters() if parameter.grad is not None}
+        actual = gradients_of(net)
         assert worst_error(dict(actual, image=expected['image']), expected) <= TOLERANCE
 
     @pytest.mark.parametrize('part', ['levels', 'levels in place', 'blocks', 'columns'])
@@ -423,8 +424,7 @@ class TestComplete:
         for owner, name in wrapped.get(part, ()):
             setattr(owner, name, torch.compile(getattr(owner, name), backend='eager'))
         sum((feature * weight).sum() for feature, weight in zip(net(image), weights)).backward()
-        actual = {name.replace('_orig_mod.', ''): parameter.grad.double() for name, parameter in net.named_parameters()
-                  if parameter.grad is not None}
+        actual = {name.replace('_orig_mod.', ''): grad for name, grad in gradients_of(net).items()}
         assert worst_error(dict(actual, image=expected['image']), expected) <= TOLERANCE
         assert all(one is other for one, other in zip(parameters, net.parameters()))
 
@@ -509,8 +509,7 @@ class TestComplete:
         for inplace in (True, False):
             net.zero_grad()
             sum(nn.functional.relu(feature, inplace=inplace).sum() for feature in net(image)).backward()
-            results.append({name: parameter.grad.double() for name, parameter in net.named_parameters()
-                            if parameter.grad is not None})
+            results.append(gradients_of(net))
         assert worst_error(*results) <= TOLERANCE
 
     def test_a_network_can_be_traced_with_gradients(self):

@@ -242,17 +242,20 @@ def test_configs_of_the_package_are_found_by_name_from_anywhere():
     assert launch.load_config(args).work_dir == 'work_dirs/mask_rcnn_revcol_t'
 
 
+class IdleRunner:
+    load_checkpoint = None
+
+    def train(self):
+        pass
+
+    def register_hook(self, hook, priority):
+        pass
+
+
 def test_amp_resume_auto_scale_lr_and_cfg_options_mean_what_they_mean_in_mmdet(workshop, monkeypatch):
     seen = []
 
-    class Runner:
-        def train(self):
-            pass
-
-        def register_hook(self, hook, priority):
-            pass
-
-    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or Runner())
+    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or IdleRunner())
     launch.train([str(workshop / 'detection.py'), '--amp', '--resume', '--auto-scale-lr', '--work-dir', 'w', '--cfg-options',
                   'auto_scale_lr.base_batch_size=32', 'model.test_cfg.rcnn.max_per_img=3'])
     cfg = seen[0]
@@ -266,16 +269,7 @@ def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_c
                                                                                              capsys):
     seen = []
 
-    class Runner:
-        load_checkpoint = None
-
-        def train(self):
-            pass
-
-        def register_hook(self, hook, priority):
-            pass
-
-    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or Runner())
+    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or IdleRunner())
     torch.save(dict(state_dict={}), tmp_path / 'start.pth')
     arguments = [str(workshop / 'detection.py'), '--resume', 'auto', '--work-dir', 'w', '--cfg-options', 'load_from=start.pth']
     launch.train(arguments)
