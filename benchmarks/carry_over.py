@@ -15,14 +15,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'configs' / 'demo'
 DETECTOR = DEMO / 'cascade_rcnn_revcol_nano_k7_digits.py'
 KERNEL_SIZE = 7
 #: Where the detector's backbone comes from: name of the row, and config of the pre-training.
-ARMS: Dict[str, Optional[Path]] = {
+ARMS: dict[str, Path | None] = {
     'scratch': None,
     'pre-training without intermediate supervision': DEMO / 'revcol_nano_digits_cls_no_supervision.py',
     'pre-training': DEMO / 'revcol_nano_digits_cls.py',
@@ -42,14 +41,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(command: List[str]) -> None:
+def run(command: list[str]) -> None:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])))
     done = subprocess.run([sys.executable, *map(str, command)], env=environment)
     if done.returncode:
         sys.exit(f'error: {" ".join(map(str, command))} ended with status {done.returncode}')
 
 
-def train(config: Path, folder: Path, options: List[str], names: List[str]) -> Dict[str, float]:
+def train(config: Path, folder: Path, options: list[str], names: list[str]) -> dict[str, float]:
     """Trains unless that was done, and returns the last validation's metrics."""
     results = folder / 'results.json'
     if not results.is_file():
@@ -63,7 +62,7 @@ def train(config: Path, folder: Path, options: List[str], names: List[str]) -> D
     return json.loads(results.read_text())
 
 
-def pretrain(config: Path, folder: Path, seed: int, epochs: Optional[int]) -> Dict[str, float]:
+def pretrain(config: Path, folder: Path, seed: int, epochs: int | None) -> dict[str, float]:
     options = [f'randomness.seed={seed}']
     if epochs is not None:
         options += [f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={epochs}', f'param_scheduler.1.end={epochs}',
@@ -71,7 +70,7 @@ def pretrain(config: Path, folder: Path, seed: int, epochs: Optional[int]) -> Di
     return train(config, folder, options, [TOP1])
 
 
-def detect(folder: Path, weights: Optional[Path], seed: int, iters: Optional[int]) -> Dict[str, float]:
+def detect(folder: Path, weights: Path | None, seed: int, iters: int | None) -> dict[str, float]:
     options = [f'randomness.seed={seed}']
     if weights is not None:
         options += ['model.backbone.init_cfg._delete_=True', 'model.backbone.init_cfg.type=Pretrained',
@@ -82,12 +81,12 @@ def detect(folder: Path, weights: Optional[Path], seed: int, iters: Optional[int
     return train(DETECTOR, folder, options, list(METRICS))
 
 
-def describe(values: List[float], digits: int) -> str:
+def describe(values: list[float], digits: int) -> str:
     spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.{digits}f}{spread}'
 
 
-def table(runs: List[dict], seeds: List[int]) -> str:
+def table(runs: list[dict], seeds: list[int]) -> str:
     lines = ['| backbone starts from | top-1 of the classifier | ' + ' | '.join(METRICS.values()) + ' |',
              '|---|---|' + '---|' * len(METRICS)]
     for arm in ARMS:

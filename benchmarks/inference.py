@@ -16,9 +16,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
 
 import torch
 from rich.progress import track
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 
 from revcol_mm.models import RevCol  # noqa: E402
-from revcol_mm.models.revcol import ConvNeXtBlock, LayerNorm2d, UpPath  # noqa: E402
+from revcol_mm.models.backbones.revcol import UpPath  # noqa: E402
+from revcol_mm.models.layers import ConvNeXtBlock, LayerNorm2d  # noqa: E402
 
 SIZES = dict(t='tiny', s='small', b='base')
 WORDS = ('eager', 'deploy', 'compiled', 'bf16', 'contiguous')
@@ -86,7 +87,7 @@ def prepare(net: nn.Module, mode: str, images: Tensor) -> Callable[[], object]:
     return call
 
 
-def measure(calls: Dict[str, Callable[[], object]], rounds: int) -> Dict[str, List[float]]:
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every call in every round; the calls take turns, forwards and backwards."""
     names, seconds = list(calls), {name: [] for name in calls}
     turns = [(index, name) for index in range(rounds + 2) for name in (names if index % 2 else reversed(names))]
@@ -138,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     load = os.getloadavg()[0]
     medians = {name: statistics.median(times) for name, times in measure(calls, args.rounds).items()}
 
-    def ratio(first: str, second: str) -> Optional[float]:
+    def ratio(first: str, second: str) -> float | None:
         return round(medians[second] / medians[first], 3) if second in medians else None
 
     results = dict(

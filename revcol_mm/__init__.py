@@ -1,13 +1,20 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""RevCol for OpenMMLab. Importing the package checks the versions around it, registers its classes and allows safe loading."""
+"""RevCol for OpenMMLab.
+
+Importing the package checks the versions around it, registers its backbones, hooks, optimizers and strategies, and changes what
+:mod:`revcol_mm.patches` lists.
+"""
 from .version import __version__, check_versions
 
-check_versions()  # before the imports below, which fail in less helpful ways when a version is too old
+check_versions()  # before the imports below, which fail with less helpful messages when a version is too old
 
-from . import checkpoint, engine, models  # noqa: E402
-from .configs import config_path, find_configs_of_forks, get_config  # noqa: E402
+from . import checkpoint, converters, engine, models  # noqa: E402
+from .former_names import keep_former_names  # noqa: E402
+from .models import RevCol  # noqa: E402
+from .patches import apply_patches  # noqa: E402
+from .utils.configs import config_path, get_config  # noqa: E402
 
-checkpoint.enable_safe_loading()
-find_configs_of_forks()
+apply_patches()
+keep_former_names()
 
-__all__ = ['__version__', 'checkpoint', 'config_path', 'engine', 'get_config', 'models']
+__all__ = ['RevCol', '__version__', 'checkpoint', 'config_path', 'converters', 'engine', 'get_config', 'models']

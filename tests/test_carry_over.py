@@ -11,7 +11,7 @@ from mmpretrain.registry import MODELS
 
 import revcol_mm.classification  # noqa: F401
 from revcol_mm.checkpoint import pad_checkpoint
-from revcol_mm.configs import config_folder
+from revcol_mm.utils.configs import config_folder
 
 CHANNELS = (8, 16, 24, 32)
 

@@ -7,7 +7,8 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 from mmpretrain.datasets import ImageNet  # noqa: F401  registers the data sets
 
-from revcol_mm import config_path, flops
+from revcol_mm import config_path
+from revcol_mm.utils import flops
 
 # name: (peak lr, first lr, last lr, all per 1024 images), batch, epochs, warm-up epochs, weight decay, layer decay, drop path,
 # clip grad, EMA decay, mixup, head init scale, resolution

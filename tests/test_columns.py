@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from revcol_mm import classification  # noqa: F401
-from revcol_mm.detection.simple_fpn import SimpleFPN
-from revcol_mm.models.c2f import RevColC2f
-from revcol_mm.models.reversible import ReversibilityError, run_columns
-from revcol_mm.models.sequence import RevColTransformerEncoder, WideMemoryDecoderLayer
-from revcol_mm.models.vit import CosineAttention, RevColViT, ViTBlock
+from revcol_mm.models.backbones.c2f import RevColC2f
+from revcol_mm.models.backbones.sequence import RevColTransformerEncoder, WideMemoryDecoderLayer
+from revcol_mm.models.backbones.vit import CosineAttention, RevColViT, ViTBlock
+from revcol_mm.models.necks.simple_fpn import SimpleFPN
+from revcol_mm.reversible import ReversibilityError, run_reversibly
 
 TINY_VIT = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=4, num_columns=4)
 TINY_C2F = dict(channels=(8, 12, 16, 20), depths=(1, 1, 2, 1), num_columns=4)
@@ -349,12 +349,12 @@ def test_the_recomputation_sees_the_context_of_its_own_forward_pass():
     model = build('sequence', dropout=0.)
     x, kwargs = arguments('sequence')
     calls = [dict(src_key_padding_mask=kwargs['src_key_padding_mask']), {}]
-    outputs = [run_columns(model.columns, x.requires_grad_(), context=call) for call in calls]
+    outputs = [run_reversibly(model.columns, x.requires_grad_(), context=call) for call in calls]
     reference = [torch.autograd.grad(model.columns[-1](x, _features(model, x, call), context=call)[3].sum(), x)[0]
                  for call in calls]
     for output, gradient in zip(outputs, reference):
         torch.testing.assert_close(torch.autograd.grad(output[3].sum(), x)[0], gradient, rtol=1e-4, atol=1e-5)
-    output = run_columns(model.columns, x, context=(call := dict(src_key_padding_mask=torch.zeros(2, 9, dtype=torch.bool))))
+    output = run_reversibly(model.columns, x, context=(call := dict(src_key_padding_mask=torch.zeros(2, 9, dtype=torch.bool))))
     call['src_key_padding_mask'][:, 4:] = True  # a mask changed behind the engine's back
     with pytest.raises(ReversibilityError):
         output[3].sum().backward()

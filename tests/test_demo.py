@@ -88,7 +88,7 @@ def test_foreground_iou_is_the_plain_one_without_the_background():
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    from revcol_mm.datasets.iou import ForegroundIoUMetric
+    from revcol_mm.evaluation.foreground_iou import ForegroundIoUMetric
     truth = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2]])
     guess = torch.tensor([[0, 2, 1, 1, 1, 2, 2, 2]])
     sample = SegDataSample(gt_sem_seg=PixelData(data=truth), pred_sem_seg=PixelData(data=guess))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from revcol_mm.models import RevCol
-from revcol_mm.models.reversible import ReversibleColumn
+from revcol_mm.reversible import ReversibleColumn
 
 NARROW = dict(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_columns=4)
 

@@ -13,7 +13,7 @@ from test_configs import load, narrow
 from test_optim import build, settings
 from test_tools import ROOT, own_surroundings, workshop  # noqa: F401
 
-from revcol_mm import launch
+from revcol_mm.apis import errors, test, train
 
 SHARDED = ('runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy')
 
@@ -57,7 +57,7 @@ def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_pa
         assert group['weight_decay'] == plain[name]['weight_decay'], name
         assert group['lr'] == pytest.approx(plain[name]['lr']), name
     model.load_state_dict(checkpoint['state_dict'])
-    metrics = launch.test([str(config), str(tmp_path / 'work' / 'iter_4.pth'), '--work-dir', str(tmp_path / 'test')])
+    metrics = test.test([str(config), str(tmp_path / 'work' / 'iter_4.pth'), '--work-dir', str(tmp_path / 'test')])
     assert 'coco/bbox_mAP' in metrics
 
 
@@ -108,5 +108,5 @@ def test_the_scripts_say_how_to_call_them():
 def test_a_missing_launcher_environment_is_named(workshop, monkeypatch):  # noqa: F811
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(launch.LaunchError, match='--launcher pytorch: RANK, WORLD_SIZE, MASTER_ADDR .*torchrun'):
-        launch.train([str(workshop / 'detection.py'), '--launcher', 'pytorch'])
+    with pytest.raises(errors.LaunchError, match='--launcher pytorch: RANK, WORLD_SIZE, MASTER_ADDR .*torchrun'):
+        train.train([str(workshop / 'detection.py'), '--launcher', 'pytorch'])

@@ -13,8 +13,8 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from torch import nn
 
-from revcol_mm.configs import config_path
-from revcol_mm.flops import build_on_meta, count, count_model
+from revcol_mm.utils.configs import config_path
+from revcol_mm.utils.flops import build_on_meta, count, count_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +128,7 @@ def test_deformable_attention_is_counted_as_its_paper_does():
     and output projections 2NC², offsets and weights 3NMKC (M heads), sampling and summing 5NKC."""
     from mmcv.ops import MultiScaleDeformableAttention
 
-    from revcol_mm.flops import _FORMULAS, _meta_transformers, _Sizes
+    from revcol_mm.utils.flops import _FORMULAS, _meta_transformers, _Sizes
     tokens, channels, heads, points = 16 * 24 + 8 * 12, 64, 4, 2 * 4
     with torch.device('meta'):
         layer = MultiScaleDeformableAttention(channels, num_heads=heads, num_levels=2, batch_first=True).eval()

@@ -1,5 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What ``import revcol_mm`` needs, registers and says."""
+import ast
+import graphlib
 import subprocess
 import sys
 import warnings
@@ -61,7 +63,7 @@ def test_import_says_nothing_with_the_installed_versions():
 def test_backbone_is_found_from_the_scopes_of_openmmlab(scope):
     registry = pytest.importorskip(f'{scope}.registry').MODELS
     backbone = registry.build(dict(type='RevCol', arch=dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=2)))
-    assert type(backbone).__module__ == 'revcol_mm.models.revcol'
+    assert type(backbone).__module__ == 'revcol_mm.models.backbones.revcol'
 
 
 @pytest.mark.parametrize('requirements', ['pinned.txt', 'onedl.txt'])
@@ -124,3 +126,67 @@ def test_untested_versions_are_named_in_one_warning_with_the_known_ones(installe
     assert 'torch 2.99.0 (known: torch 2.12.1' in message
     assert 'mmdet 3.4.0rc1 (known: mmdet 3.3.0' in message
     assert 'mmcv' not in message
+
+
+def imports_of_the_package() -> dict[str, set[str]]:
+    """{module: modules of the package that it imports}, at the top of the file or inside of functions.
+
+    An import from another subpackage runs the ``__init__`` of that subpackage too, so it counts as an import of both.
+    """
+    files = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path
+             for path in (ROOT / 'revcol_mm').rglob('*.py') if '.mim' not in path.parts}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        package = module if path.name == '__init__.py' else module.rpartition('.')[0]
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = '.'.join(package.split('.')[:len(package.split('.')) - node.level + 1]) if node.level else ''
+                base = '.'.join(filter(None, (base, node.module)))
+                names = [f'{base}.{alias.name}' if f'{base}.{alias.name}' in files else base for alias in node.names]
+            else:
+                continue
+            for name in filter(files.__contains__, names):
+                parents = ['.'.join(name.split('.')[:size]) for size in range(2, name.count('.') + 1)]
+                graph[module] |= {name, *(parent for parent in parents if not f'{module}.'.startswith(f'{parent}.'))}
+    return graph
+
+
+def test_no_module_imports_itself_through_others():
+    graph = imports_of_the_package()
+    assert 'revcol_mm.reversible.column' in graph['revcol_mm.reversible.autograd']  # the walk sees imports
+    assert 'revcol_mm.checkpoint' in graph['revcol_mm.models.backbones.base']
+    graph = {module: imported - {'revcol_mm'} for module, imported in graph.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_checkpoint_package_knows_no_model_and_the_engine_no_converter():
+    below = {'checkpoint': {'checkpoint', 'version'}, 'reversible': {'reversible'},
+             'models': {'models', 'reversible', 'checkpoint'}, 'engine': {'engine', 'reversible', 'checkpoint', 'version'}}
+    for module, imported in imports_of_the_package().items():
+        room = module.split('.')[1] if '.' in module else ''
+        assert room not in below or {name.split('.')[1] for name in imported if '.' in name} <= below[room], module
+
+
+def test_the_names_of_version_0_1_can_be_imported_in_a_new_process():
+    """Dumped configs of finished runs and users' code hold them."""
+    result = run_python("""
+import importlib, sys
+for name in ('c2f', 'deploy', 'revcol', 'reversible', 'sequence', 'stack', 'vit'):
+    importlib.import_module(f'revcol_mm.models.{name}')
+for name in ('segmentation', 'datasets.iou', 'detection', 'classification'):
+    importlib.import_module(f'revcol_mm.{name}')
+from revcol_mm.models.revcol import ConvNeXtBlock, Fusion, LayerNorm2d, RevCol, UpPath
+from revcol_mm.models.reversible import (ANCHOR_BUDGET, DRIFT_THRESHOLD, MIN_GAMMA, STREAM_DTYPE, DriftMonitor, ReversibleCall,
+    ReversibilityError, ReversibleColumn, contiguous, couple, keep_invertible, place_anchors, run_columns, run_levels, uncouple)
+from revcol_mm.models.stack import Column, ColumnStack, Level, TokenFusion
+from revcol_mm.models.deploy import InferenceColumn
+from revcol_mm.checkpoint import (Backbone, CheckpointError, ImportReport, PaddingReport, enable_safe_loading, export_official,
+    find_backbone, import_checkpoint, load_pretrained, pad_checkpoint, pad_kernel, pad_on_load, publish_checkpoint,
+    read_checkpoint, strip_training_state)
+import revcol_mm
+assert revcol_mm.models.stack.ColumnStack is ColumnStack and revcol_mm.RevCol is RevCol
+""")
+    assert result.returncode == 0, result.stderr

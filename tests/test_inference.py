@@ -15,11 +15,11 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from pycocotools.coco import COCO
 
-from revcol_mm import launch
+from revcol_mm.apis import config, errors, test
+from revcol_mm.apis.inference import _classes_and_palette, build_inferencer, find_images, load_weights, output_names, predict
 from revcol_mm.checkpoint import CheckpointError
-from revcol_mm.configs import config_path
 from revcol_mm.datasets import make_digits
-from revcol_mm.inference import _classes_and_palette, build_inferencer, find_images, load_weights, output_names, predict
+from revcol_mm.utils.configs import config_path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = dict(detection='cascade_rcnn_revcol_nano_digits', segmentation='upernet_revcol_nano_digits',
@@ -36,7 +36,7 @@ def load_tool(name: str):
 infer, export_onnx = load_tool('infer'), load_tool('export_onnx')
 
 
-def config(task: str) -> str:
+def config_of(task: str) -> str:
     return str(ROOT / 'configs' / 'demo' / f'{CONFIGS[task]}.py')
 
 
@@ -46,10 +46,10 @@ def workshop(tmp_path_factory):
     folder = tmp_path_factory.mktemp('inference')
     make_digits(folder / 'digits', num_train=1, num_val=3, size=96)
     for task in CONFIGS:
-        cfg = Config.fromfile(config(task))
+        cfg = Config.fromfile(config_of(task))
         if 'data_preprocessor' in cfg:
             cfg.model.data_preprocessor = cfg.data_preprocessor
-        launch._register(cfg.default_scope)
+        config._register(cfg.default_scope)
         torch.manual_seed(1)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / f'{task}.pth')
@@ -62,7 +62,7 @@ def images(workshop) -> list:
 
 
 def run(workshop, task: str, *arguments) -> None:
-    infer.main([config(task), str(workshop / f'{task}.pth'), *map(str, arguments), '--device', 'cpu'])
+    infer.main([config_of(task), str(workshop / f'{task}.pth'), *map(str, arguments), '--device', 'cpu'])
 
 
 def read(folder: Path) -> tuple:
@@ -88,7 +88,7 @@ def test_detections_are_those_of_mmdet(workshop, images, tmp_path):
     """Boxes and masks against mmdet's inferencer, used as its own documentation says."""
     from mmdet.apis import DetInferencer
     run(workshop, 'detection', images[0], '--out', tmp_path, '--no-pictures')
-    expected = DetInferencer(model=config('detection'), weights=str(workshop / 'detection.pth'), device='cpu',
+    expected = DetInferencer(model=config_of('detection'), weights=str(workshop / 'detection.pth'), device='cpu',
                              show_progress=False)(images[0])['predictions'][0]
     found = json.loads((tmp_path / 'predictions.json').read_text())
     boxes = np.array([entry['bbox'] for entry in found])
@@ -225,14 +225,14 @@ def test_classes_come_from_the_checkpoint_first(workshop, tmp_path):
     contents = torch.load(workshop / 'classification.pth', weights_only=True)
     names = [f'digit {label}' for label in range(10)]
     torch.save(dict(contents, meta=dict(dataset_meta=dict(classes=names))), tmp_path / 'named.pth')
-    cfg = launch.load_config(infer.parse_args([config('classification'), 'x', 'y', '--out', 'z']))
+    cfg = config.load_config(infer.parse_args([config_of('classification'), 'x', 'y', '--out', 'z']))
     assert list(build_inferencer(cfg, str(tmp_path / 'named.pth'), 'cpu').classes) == names
     assert list(build_inferencer(cfg, str(workshop / 'classification.pth'), 'cpu').classes) == list('0123456789')
 
 
 @pytest.mark.parametrize('name, number', [('cascade_rcnn_revcol_t', 80), ('upernet_revcol_t', 150), ('revcol_t_in1k', 1000)])
 def test_classes_of_well_known_data_sets_need_not_be_named(name, number):
-    cfg = launch.load_config(launch.parse_test_args([config_path(name), 'x.pth']))
+    cfg = config.load_config(test.parse_test_args([config_path(name), 'x.pth']))
     assert len(_classes_and_palette(cfg, {}, cfg.default_scope)[0]) == number
     dataset = cfg.test_dataloader.dataset
     dataset.type = f'{cfg.default_scope}.{dataset.type}'
@@ -243,14 +243,14 @@ def test_classes_of_well_known_data_sets_need_not_be_named(name, number):
 
 def test_categories_of_annotations_are_not_guessed(workshop, images, tmp_path):
     annotations = workshop / 'digits' / 'annotations' / 'instances_val.json'
-    with pytest.raises(launch.LaunchError, match='instances_val.json.*metainfo'):
+    with pytest.raises(errors.LaunchError, match='instances_val.json.*metainfo'):
         run(workshop, 'classification', images[0], '--out', tmp_path, '--ann-file', annotations,
             '--cfg-options', 'test_dataloader.dataset.metainfo=None')
     assert os.listdir(tmp_path) == []
 
 
 def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_path):
-    cfg = launch.load_config(launch.parse_test_args([config_path('revcol_b_in22k'), 'x.pth']))
+    cfg = config.load_config(test.parse_test_args([config_path('revcol_b_in22k'), 'x.pth']))
     cfg.model.backbone.arch = dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=4)
     cfg.model.head.update(num_classes=7, in_channels=(8, 8, 8, 8))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
@@ -260,7 +260,7 @@ def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_pat
     assert predict(inferencer, images[:1], str(tmp_path / 'out'), draw=False).results == 5
     assert next(iter(inferencer.preprocess(images[:1])))['inputs'][0].shape == (3, 224, 224)
     cfg.test_pipeline = None
-    with pytest.raises(launch.LaunchError, match='neither a test_dataloader nor a test_pipeline'):
+    with pytest.raises(errors.LaunchError, match='neither a test_dataloader nor a test_pipeline'):
         build_inferencer(cfg, str(tmp_path / 'net.pth'), 'cpu')
 
 
@@ -279,9 +279,9 @@ def test_mistakes_end_with_a_sentence(workshop, images, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').touch()
     if arguments[0] != '--cfg-options':  # the model is not yet built
-        monkeypatch.setattr('revcol_mm.inference.model_errors', None)
-    with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), launch.plain_errors():
-        infer.main([config('classification'), str(workshop / 'classification.pth'), images[0], '--out', 'out', *arguments])
+        monkeypatch.setattr('revcol_mm.apis.inference.model_errors', None)
+    with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), errors.plain_errors():
+        infer.main([config_of('classification'), str(workshop / 'classification.pth'), images[0], '--out', 'out', *arguments])
     assert os.listdir(tmp_path) == ['file']
 
 
@@ -292,8 +292,8 @@ def test_mistakes_end_with_a_sentence(workshop, images, tmp_path, monkeypatch, a
     (['default_scope=None', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
 ])
 def test_mistakes_in_an_export_end_with_a_sentence(workshop, tmp_path, options, sentence):
-    with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), launch.plain_errors():
-        export_onnx.main([config('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx'),
+    with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), errors.plain_errors():
+        export_onnx.main([config_of('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx'),
                           '--cfg-options', *options])
     assert os.listdir(tmp_path) == []
 
@@ -303,8 +303,8 @@ def test_mistakes_in_an_export_end_with_a_sentence(workshop, tmp_path, options, 
     ('missing', 'x.pth', 'error: there is no config'),
 ])
 def test_missing_files_end_with_a_sentence(workshop, images, tmp_path, name, checkpoint, sentence):
-    path = config(name) if name in CONFIGS else 'missing.py'
-    with pytest.raises(SystemExit, match=sentence), launch.plain_errors():  # as the tool runs main()
+    path = config_of(name) if name in CONFIGS else 'missing.py'
+    with pytest.raises(SystemExit, match=sentence), errors.plain_errors():  # as the tool runs main()
         infer.main([path, checkpoint, images[0], '--out', str(tmp_path / 'out')])
     assert not (tmp_path / 'out').exists()
 
@@ -312,10 +312,10 @@ def test_missing_files_end_with_a_sentence(workshop, images, tmp_path, name, che
 def test_exported_backbone_is_that_of_the_checkpoint(workshop, tmp_path, capsys):
     """onnxruntime against the model's own backbone, at a size that the tool did not check."""
     import onnxruntime
-    export_onnx.main([config('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx')])
+    export_onnx.main([config_of('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx')])
     printed = capsys.readouterr().out
     assert all(size in printed for size in ('64×64', '97×131', '160×65'))
-    cfg = Config.fromfile(config('detection'))
+    cfg = Config.fromfile(config_of('detection'))
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(cfg.model)
     load_weights(model, str(workshop / 'detection.pth'))
@@ -329,7 +329,8 @@ def test_exported_backbone_is_that_of_the_checkpoint(workshop, tmp_path, capsys)
 
 
 def test_failed_export_leaves_nothing(workshop, tmp_path):
-    with pytest.raises(launch.LaunchError, match='at least 32'):
-        export_onnx.main([config('classification'), str(workshop / 'classification.pth'), '--out', str(tmp_path / 'net.onnx'),
+    with pytest.raises(errors.LaunchError, match='at least 32'):
+        export_onnx.main([config_of('classification'), str(workshop / 'classification.pth'),
+                          '--out', str(tmp_path / 'net.onnx'),
                           '--check', '16', '16'])
     assert os.listdir(tmp_path) == []

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from mmengine.config import Config
 
-from revcol_mm.flops import Cost, count, default_shape
+from revcol_mm.utils.flops import Cost, count, default_shape
 from revcol_mm.version import installed_version
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import revcol_mm
-from revcol_mm.configs import config_path, get_config
+from revcol_mm.utils.configs import config_path, get_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / 'tools' / 'setup_env.py'

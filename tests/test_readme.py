@@ -10,7 +10,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS
 
-from revcol_mm import config_path, launch
+from revcol_mm import config_path
+from revcol_mm.apis import config, test, train
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
@@ -22,7 +23,7 @@ def parse(script: str):
     """Arguments of the block's command that runs this script, read by the script's own parser."""
     commands = [shlex.split(line) for line in SMALL.replace('\\\n', ' ').splitlines()]
     arguments, = (words[2:] for words in commands if words[1] == f'tools/{script}.py')
-    return getattr(launch, f'parse_{script}_args')(arguments)
+    return getattr(dict(train=train, test=test)[script], f'parse_{script}_args')(arguments)
 
 
 def find(node, path):
@@ -35,7 +36,7 @@ def find(node, path):
 def small(monkeypatch):
     """The configs of the small run, with its settings."""
     monkeypatch.chdir(ROOT)
-    return {script: launch.load_config(parse(script)) for script in ('train', 'test')}
+    return {script: config.load_config(parse(script)) for script in ('train', 'test')}
 
 
 @pytest.mark.parametrize('script', ['train', 'test'])

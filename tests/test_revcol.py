@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from revcol_mm.models import RevCol
-from revcol_mm.models.reversible import MIN_GAMMA, keep_invertible
+from revcol_mm.reversible import MIN_GAMMA, keep_invertible
 
 NARROW = dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=3)
 #: The least that has every kind of layer: compiling takes its time.

@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks.reversible import memory, slope
 from revcol_mm.models import RevCol, RevColC2f
-from revcol_mm.models.revcol import ConvNeXtBlock
-from revcol_mm.models.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_columns
+from revcol_mm.models.layers import ConvNeXtBlock
+from revcol_mm.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_reversibly
 
 NARROW = dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=4)
 #: Where float32 itself is measured: LayerNorm over 8 channels is too noisy a net for that.
@@ -150,7 +150,7 @@ class TestExact:
     def test_a_pass_without_anchors_is_refused_and_the_same_pass_with_them_is_exact(self, monkeypatch):
         net = build(dict(NARROW, num_columns=32), 0.5, layer_scale=True, reversible=True)
         image = torch.randn(2, 3, 64, 64)
-        monkeypatch.setattr('revcol_mm.models.reversible.place_anchors', lambda columns, budget: set())
+        monkeypatch.setattr('revcol_mm.reversible.autograd.place_anchors', lambda columns, budget: set())
         with pytest.raises(ReversibilityError, match='differ'):
             sum(feature.sum() for feature in net(image)).backward()
         assert net.drift > 1e-2
@@ -221,7 +221,7 @@ class TestComplete:
             x = torch.randn(2, 4, 8, 8, requires_grad=True)
             torch.manual_seed(1)
             if reversible:
-                y = run_columns(columns, x)
+                y = run_reversibly(columns, x)
             else:
                 y = None
                 for column in columns:
@@ -539,14 +539,14 @@ class TestSelfChecking:
     def test_wrong_features_raise(self, position):
         columns = [ReversibleColumn([_Fickle() if index == position else nn.Conv2d(4, 4, 1)], [(1, 4, 1, 1)], [()],
                                     first=index == 0) for index in range(3)]
-        y, = run_columns(columns, torch.randn(1, 4, 8, 8, requires_grad=True))
+        y, = run_reversibly(columns, torch.randn(1, 4, 8, 8, requires_grad=True))
         with pytest.raises(ReversibilityError, match='threshold'):
             y.sum().backward()
 
     def test_wrong_features_below_a_frozen_column_raise(self):
         frozen = ReversibleColumn([nn.Conv2d(4, 4, 1)], [(1, 4, 1, 1)], [()], first=True).requires_grad_(False)
         x = torch.randn(1, 4, 8, 8)
-        y, = run_columns([ReversibleColumn([_Fickle()], [(1, 4, 1, 1)], [()])], x, frozen(x, None))
+        y, = run_reversibly([ReversibleColumn([_Fickle()], [(1, 4, 1, 1)], [()])], x, frozen(x, None))
         with pytest.raises(ReversibilityError):
             y.sum().backward()
 

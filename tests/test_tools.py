@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.visualization import Visualizer
 from safetensors.torch import save_file
 
-from revcol_mm import launch
+from revcol_mm.apis import config, errors, test, train
 from revcol_mm.datasets import make_digits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def test_test_prints_coco_ap_of_boxes_and_masks(detector, workshop):
 
 
 def test_out_and_show_dir_are_written_where_they_are_said_to_be_and_tta_merges_masks(detector, workshop, tmp_path):
-    metrics = launch.test([str(workshop / 'detection.py'), str(detector[1]), '--out', 'predictions.pkl', '--show-dir', 'drawn',
+    metrics = test.test([str(workshop / 'detection.py'), str(detector[1]), '--out', 'predictions.pkl', '--show-dir', 'drawn',
                            '--tta', '--work-dir', 'work'])
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(metrics)
     predictions = pickle.loads((tmp_path / 'predictions.pkl').read_bytes())
@@ -176,13 +176,13 @@ def test_out_and_show_dir_are_written_where_they_are_said_to_be_and_tta_merges_m
 
 def test_tta_of_the_identity_alone_gives_the_plain_predictions_of_the_detector(detector, workshop, tmp_path):
     config, checkpoint = str(workshop / 'detection.py'), str(detector[1])
-    launch.test([config, checkpoint, '--out', 'plain.pkl', '--work-dir', 'work'])
+    test.test([config, checkpoint, '--out', 'plain.pkl', '--work-dir', 'work'])
     cfg = Config.fromfile(config)
     pack = dict(cfg.test_pipeline[-1], meta_keys=(*cfg.test_pipeline[-1]['meta_keys'], 'flip', 'flip_direction'))
     (tmp_path / 'identity.py').write_text(f'_base_ = {config!r}\ntta_pipeline = ' + repr([
         dict(type='LoadImageFromFile'), dict(type='TestTimeAug', transforms=[
             [dict(type='Resize', scale=(64, 64), keep_ratio=True)], [dict(type='RandomFlip', prob=0.)], [pack]])]) + '\n')
-    launch.test(['identity.py', checkpoint, '--tta', '--out', 'tta.pkl', '--work-dir', 'work'])
+    test.test(['identity.py', checkpoint, '--tta', '--out', 'tta.pkl', '--work-dir', 'work'])
     plain, tta = (pickle.loads(Path(name).read_bytes()) for name in ('plain.pkl', 'tta.pkl'))
     for a, b in zip(plain, tta):
         for key in ('bboxes', 'scores', 'labels'):
@@ -200,10 +200,10 @@ def test_the_tool_of_mmdet_runs_the_same_config(workshop, tmp_path):
 
 def test_a_segmentor_trains_and_is_tested_plain_and_with_tta(workshop, tmp_path):
     config = str(workshop / 'segmentation.py')
-    launch.train([config, '--work-dir', 'work'])
-    assert 'mIoU' in launch.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--out', 'maps'])
+    train.train([config, '--work-dir', 'work'])
+    assert 'mIoU' in test.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--out', 'maps'])
     assert len(list((tmp_path / 'maps').glob('*.png'))) == 2
-    assert 'mIoU' in launch.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--tta'])
+    assert 'mIoU' in test.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--tta'])
 
 
 def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterrupted_run(workshop, tmp_path):
@@ -221,8 +221,8 @@ def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterr
     reached = int(last.read_text().rpartition('_')[2].removesuffix('.pth'))
     options = ['--cfg-options', f'train_cfg.max_iters={reached + 4}']
     before = set((tmp_path / 'killed').glob('*/vis_data/scalars.json'))
-    launch.train([config, '--work-dir', 'killed', '--resume', 'auto', *options])
-    launch.train([config, '--work-dir', 'whole', *options])
+    train.train([config, '--work-dir', 'killed', '--resume', 'auto', *options])
+    train.train([config, '--work-dir', 'whole', *options])
     log, = set((tmp_path / 'killed').glob('*/vis_data/scalars.json')) - before
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert [entry['step'] for entry in entries] == list(range(reached + 1, reached + 5))
@@ -230,16 +230,16 @@ def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterr
                       for name in ('killed', 'whole'))
     for name, value in whole.items():  # the same operations in the same order: equal but for threads, of which there is one
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    metrics = launch.test([config, f'killed/iter_{reached + 4}.pth', '--work-dir', 'killed', '--out', 'scores.pkl', '--tta'])
+    metrics = test.test([config, f'killed/iter_{reached + 4}.pth', '--work-dir', 'killed', '--out', 'scores.pkl', '--tta'])
     assert {'accuracy/top1', 'accuracy/top5'} <= set(metrics)
     assert len(pickle.loads(Path('scores.pkl').read_bytes())) == len(list((workshop / 'digits/crops/val').rglob('*.jpg')))
 
 
 def test_configs_of_the_package_are_found_by_name_from_anywhere():
-    args = launch.parse_train_args(['mask_rcnn_revcol_t'])
-    assert launch.load_config(args).model.backbone.type == 'RevCol'
-    args = launch.parse_train_args(['configs/mask_rcnn_revcol_t.py'])
-    assert launch.load_config(args).work_dir == 'work_dirs/mask_rcnn_revcol_t'
+    args = train.parse_train_args(['mask_rcnn_revcol_t'])
+    assert config.load_config(args).model.backbone.type == 'RevCol'
+    args = train.parse_train_args(['configs/mask_rcnn_revcol_t.py'])
+    assert config.load_config(args).work_dir == 'work_dirs/mask_rcnn_revcol_t'
 
 
 class IdleRunner:
@@ -255,8 +255,8 @@ class IdleRunner:
 def test_amp_resume_auto_scale_lr_and_cfg_options_mean_what_they_mean_in_mmdet(workshop, monkeypatch):
     seen = []
 
-    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or IdleRunner())
-    launch.train([str(workshop / 'detection.py'), '--amp', '--resume', '--auto-scale-lr', '--work-dir', 'w', '--cfg-options',
+    monkeypatch.setattr(train, 'build_runner', lambda cfg, **_: seen.append(cfg) or IdleRunner())
+    train.train([str(workshop / 'detection.py'), '--amp', '--resume', '--auto-scale-lr', '--work-dir', 'w', '--cfg-options',
                   'auto_scale_lr.base_batch_size=32', 'model.test_cfg.rcnn.max_per_img=3'])
     cfg = seen[0]
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper' and cfg.optim_wrapper.loss_scale == 'dynamic'
@@ -269,16 +269,16 @@ def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_c
                                                                                              capsys):
     seen = []
 
-    monkeypatch.setattr(launch, 'build_runner', lambda cfg: seen.append(cfg) or IdleRunner())
+    monkeypatch.setattr(train, 'build_runner', lambda cfg, **_: seen.append(cfg) or IdleRunner())
     torch.save(dict(state_dict={}), tmp_path / 'start.pth')
     arguments = [str(workshop / 'detection.py'), '--resume', 'auto', '--work-dir', 'w', '--cfg-options', 'load_from=start.pth']
-    launch.train(arguments)
+    train.train(arguments)
     assert not seen[0].resume and seen[0].load_from == 'start.pth'
     assert 'starts from the weights of start.pth' in capsys.readouterr().out
     (tmp_path / 'w').mkdir()
     torch.save(dict(state_dict={}, meta={}, optimizer={}, message_hub={}), tmp_path / 'w' / 'iter_2.pth')
     (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_2.pth')
-    launch.train(arguments)
+    train.train(arguments)
     assert seen[1].resume is True and seen[1].load_from is None  # mmengine's runner reads last_checkpoint itself
 
 
@@ -292,38 +292,38 @@ def test_a_missing_data_set_names_the_place_and_how_to_change_it(workshop):
     for option, found in (('train_dataloader.dataset.data_root=/nowhere/', '/nowhere/annotations/instances_train.json'),
                           ('val_dataloader.dataset.data_prefix.img=none', 'digits/none'),
                           ('val_evaluator.ann_file=/nowhere/x.json', '/nowhere/x.json')):
-        with pytest.raises(launch.LaunchError, match='--cfg-options') as error:
-            launch.train([str(workshop / 'detection.py'), '--cfg-options', option])
+        with pytest.raises(errors.LaunchError, match='--cfg-options') as error:
+            train.train([str(workshop / 'detection.py'), '--cfg-options', option])
         assert found in str(error.value)
-    with pytest.raises(launch.LaunchError, match=r'data/coco.*train2017.*ln -s'):
-        launch.train(['mask_rcnn_revcol_t'])
+    with pytest.raises(errors.LaunchError, match=r'data/coco.*train2017.*ln -s'):
+        train.train(['mask_rcnn_revcol_t'])
 
 
 def test_classes_that_the_annotations_do_not_have_and_broken_annotations_are_named(workshop, tmp_path):
     config, key = str(workshop / 'detection.py'), 'train_dataloader.dataset'
-    with pytest.raises(launch.LaunchError, match=rf'has no category zero, one, which {key}.metainfo.classes names; it has 0'):
-        launch.train([config, '--cfg-options', f"{key}.metainfo.classes=('zero','one')"])
+    with pytest.raises(errors.LaunchError, match=rf'has no category zero, one, which {key}.metainfo.classes names; it has 0'):
+        train.train([config, '--cfg-options', f"{key}.metainfo.classes=('zero','one')"])
     (tmp_path / 'names.txt').write_text('0\n1\nten\n')  # mmengine reads a file of class names
-    with pytest.raises(launch.LaunchError, match='has no category ten'):
-        launch.train([config, '--cfg-options', f'{key}.metainfo.classes=names.txt'])
+    with pytest.raises(errors.LaunchError, match='has no category ten'):
+        train.train([config, '--cfg-options', f'{key}.metainfo.classes=names.txt'])
     for text in ('{"images": [', '[]', '{"categories": 3}'):
         (tmp_path / 'x.json').write_text(text)
-        with pytest.raises(launch.LaunchError, match='x.json is no annotation file in COCO format'):
-            launch.train([config, '--cfg-options', f'{key}.ann_file={tmp_path / "x.json"}'])
+        with pytest.raises(errors.LaunchError, match='x.json is no annotation file in COCO format'):
+            train.train([config, '--cfg-options', f'{key}.ann_file={tmp_path / "x.json"}'])
 
 
 def test_a_missing_damaged_or_foreign_checkpoint_is_named(workshop, tmp_path):
     config = str(workshop / 'detection.py')
-    with pytest.raises(launch.LaunchError, match='there is no checkpoint none.pth'):
-        launch.test([config, 'none.pth'])
-    with pytest.raises(launch.LaunchError, match='there is no checkpoint none.pth.*--resume'):
-        launch.train([config, '--resume', 'none.pth'])
+    with pytest.raises(errors.LaunchError, match='there is no checkpoint none.pth'):
+        test.test([config, 'none.pth'])
+    with pytest.raises(errors.LaunchError, match='there is no checkpoint none.pth.*--resume'):
+        train.train([config, '--resume', 'none.pth'])
     (tmp_path / 'damaged.pth').write_bytes(b'no checkpoint')
-    with pytest.raises(launch.CheckpointError, match='damaged.pth'):
-        launch.test([config, 'damaged.pth'])
+    with pytest.raises(errors.CheckpointError, match='damaged.pth'):
+        test.test([config, 'damaged.pth'])
     torch.save(dict(model=dict(weight=torch.zeros(1))), tmp_path / 'released.pth')
-    with pytest.raises(launch.LaunchError, match=r'released.pth.*holds model.*init_cfg'):  # mmengine would load nothing of it
-        launch.test([config, 'released.pth'])
+    with pytest.raises(errors.LaunchError, match=r'released.pth.*holds model.*init_cfg'):  # mmengine would load nothing of it
+        test.test([config, 'released.pth'])
 
 
 def test_missing_pretrained_weights_are_named_with_the_way_to_them(workshop, detector):
@@ -331,13 +331,13 @@ def test_missing_pretrained_weights_are_named_with_the_way_to_them(workshop, det
     for path, remedy in (('checkpoints/net_k7.pth', 'python tools/pad_kernels.py checkpoints/net.pth --size 7'),
                          ('checkpoints/net.pth', 'Put the weights there that the first lines of .*detection.py and docs/')):
         options = ['--work-dir', 'w', '--cfg-options', f'{key}.type=Pretrained', f'{key}.checkpoint={path}']
-        with pytest.raises(launch.LaunchError, match=f'no checkpoint {path} .*{key}.checkpoint names.*{remedy}') as error:
-            launch.train([config, *options])
+        with pytest.raises(errors.LaunchError, match=f'no checkpoint {path} .*{key}.checkpoint names.*{remedy}') as error:
+            train.train([config, *options])
         assert f'--cfg-options {key}.checkpoint=' in str(error.value) and f'--cfg-options {key}=None' in str(error.value)
-    with pytest.raises(launch.LaunchError, match='no checkpoint none.pth .*load_from names.*--cfg-options load_from=None'):
-        launch.train([config, '--cfg-options', 'load_from=none.pth'])
+    with pytest.raises(errors.LaunchError, match='no checkpoint none.pth .*load_from names.*--cfg-options load_from=None'):
+        train.train([config, '--cfg-options', 'load_from=none.pth'])
     for runner in ('Runner', 'FlexibleRunner'):  # a test needs the whole model's weights alone
-        assert 'coco/bbox_mAP' in launch.test([config, str(detector[1]), *options, f'runner_type={runner}'])
+        assert 'coco/bbox_mAP' in test.test([config, str(detector[1]), *options, f'runner_type={runner}'])
 
 
 @pytest.mark.parametrize('arguments', [(), ('--tta', ), ('--cfg-options', 'runner_type=FlexibleRunner')])
@@ -347,8 +347,8 @@ def test_a_checkpoint_of_another_model_is_not_tested(workshop, detector, tmp_pat
     weights['roi_head.bbox_head.other.weight'] = weights.pop('roi_head.bbox_head.fc_cls.weight')
     weights['roi_head.bbox_head.fc_reg.bias'] = torch.zeros(8)
     torch.save(contents, tmp_path / 'other.pth')
-    with pytest.raises(launch.CheckpointError, match='other.pth does not fit') as error:
-        launch.test([str(workshop / 'detection.py'), 'other.pth', '--work-dir', 'w', *arguments])
+    with pytest.raises(errors.CheckpointError, match='other.pth does not fit') as error:
+        test.test([str(workshop / 'detection.py'), 'other.pth', '--work-dir', 'w', *arguments])
     message = str(error.value)
     assert all(f'roi_head.bbox_head.{name}' in message for name in ('other.weight', 'fc_cls.weight', 'fc_reg.bias'))
     assert '\n' not in message
@@ -361,25 +361,25 @@ def test_a_checkpoint_of_another_model_is_not_tested(workshop, detector, tmp_pat
 def test_a_training_of_another_model_is_not_resumed(workshop, detector, option, found):
     arguments = [str(workshop / 'detection.py'), '--work-dir', 'w', '--resume', str(detector[1]), '--cfg-options', option]
     for runner in ('Runner', 'FlexibleRunner'):
-        with pytest.raises(launch.CheckpointError, match=f'iter_2.pth does not fit.*{found}'):
-            launch.train([*arguments, f'runner_type={runner}'])
+        with pytest.raises(errors.CheckpointError, match=f'iter_2.pth does not fit.*{found}'):
+            train.train([*arguments, f'runner_type={runner}'])
 
 
 def test_what_holds_weights_only_or_is_cut_off_is_not_resumed(workshop, detector, tmp_path):
     config = str(workshop / 'detection.py')
     contents = torch.load(detector[1], weights_only=True)
     torch.save(dict(state_dict=contents['state_dict'], meta=contents['meta']), tmp_path / 'published.pth')
-    with pytest.raises(launch.LaunchError, match='published.pth holds no message_hub, so.*load_from=published.pth'):
-        launch.train([config, '--resume', 'published.pth'])
+    with pytest.raises(errors.LaunchError, match='published.pth holds no message_hub, so.*load_from=published.pth'):
+        train.train([config, '--resume', 'published.pth'])
     del contents['optimizer']  # CheckpointHook(save_optimizer=False)
     torch.save(contents, tmp_path / 'smaller.pth')
     with pytest.warns(UserWarning, match='no optimizer state'):
-        launch.train([config, '--resume', 'smaller.pth', '--work-dir', 'smaller'])
+        train.train([config, '--resume', 'smaller.pth', '--work-dir', 'smaller'])
     (tmp_path / 'w').mkdir()
     (tmp_path / 'w' / 'iter_1.pth').write_bytes(detector[1].read_bytes()[:5000])
     (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_1.pth')
-    with pytest.raises(launch.CheckpointError, match='iter_1.pth'):
-        launch.train([config, '--resume', 'auto', '--work-dir', 'w'])
+    with pytest.raises(errors.CheckpointError, match='iter_1.pth'):
+        train.train([config, '--resume', 'auto', '--work-dir', 'w'])
 
 
 def test_weights_of_which_nothing_or_only_other_kernels_fit_start_no_training(workshop, detector, tmp_path):
@@ -388,63 +388,63 @@ def test_weights_of_which_nothing_or_only_other_kernels_fit_start_no_training(wo
     torch.save({key.removeprefix('backbone.'): value for key, value in weights.items() if key.startswith('backbone.')},
                tmp_path / 'backbone.pth')
     arguments = [config, '--work-dir', 'w', '--cfg-options']
-    with pytest.raises(launch.CheckpointError, match="none of the weights of backbone.pth.*init_cfg=dict\\(type='Pretrained'"):
-        launch.train([*arguments, 'load_from=backbone.pth'])
+    with pytest.raises(errors.CheckpointError, match="none of the weights of backbone.pth.*init_cfg=dict\\(type='Pretrained'"):
+        train.train([*arguments, 'load_from=backbone.pth'])
     larger = [f'load_from={detector[1]}', 'model.backbone.kernel_size=5', 'train_cfg.max_iters=1']
-    with pytest.raises(launch.CheckpointError, match='kernels of 3×3, and the model of 5×5: python tools/pad_kernels.py'):
-        launch.train([*arguments, *larger])
-    launch.train([*arguments, *larger, 'model.backbone.pad_pretrained=True'])
+    with pytest.raises(errors.CheckpointError, match='kernels of 3×3, and the model of 5×5: python tools/pad_kernels.py'):
+        train.train([*arguments, *larger])
+    train.train([*arguments, *larger, 'model.backbone.pad_pretrained=True'])
     save_file(weights, tmp_path / 'weights.safetensors')
-    launch.train([*arguments, 'load_from=weights.safetensors', *larger[1:], 'model.backbone.kernel_size=3'])
-    launch.train([*arguments, larger[0], 'train_cfg.max_iters=1', 'model.roi_head.bbox_head.fc_out_channels=8'])
+    train.train([*arguments, 'load_from=weights.safetensors', *larger[1:], 'model.backbone.kernel_size=3'])
+    train.train([*arguments, larger[0], 'train_cfg.max_iters=1', 'model.roi_head.bbox_head.fc_out_channels=8'])
 
 
 def test_a_config_without_a_test_is_named():
-    with pytest.raises(launch.LaunchError, match='revcol_b_in22k.* no test_dataloader and no test_evaluator'):
-        launch.test(['revcol_b_in22k', 'x.pth'])
+    with pytest.raises(errors.LaunchError, match='revcol_b_in22k.* no test_dataloader and no test_evaluator'):
+        test.test(['revcol_b_in22k', 'x.pth'])
 
 
 def test_upernet_on_single_images_is_refused_with_the_remedy(workshop):
-    with pytest.raises(launch.LaunchError, match='raise train_dataloader.batch_size'):
-        launch.train([str(workshop / 'segmentation.py'), '--work-dir', 'w', '--cfg-options', 'train_dataloader.batch_size=1'])
+    with pytest.raises(errors.LaunchError, match='raise train_dataloader.batch_size'):
+        train.train([str(workshop / 'segmentation.py'), '--work-dir', 'w', '--cfg-options', 'train_dataloader.batch_size=1'])
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     (tmp_path / 'imports.py').write_text("custom_imports = dict(imports=['not_there'], allow_failed_imports=False)\n")
-    with pytest.raises(launch.LaunchError, match='not_there'):
-        launch.train(['imports.py'])
+    with pytest.raises(errors.LaunchError, match='not_there'):
+        train.train(['imports.py'])
     (tmp_path / 'scope.py').write_text("default_scope = 'mmseg'\n")
-    find = launch.importlib.util.find_spec
-    monkeypatch.setattr(launch.importlib.util, 'find_spec', lambda name: None if name == 'mmseg' else find(name))
-    with pytest.raises(launch.LaunchError, match='pip install mmsegmentation'):
-        launch.train(['scope.py'])
+    find = config.importlib.util.find_spec
+    monkeypatch.setattr(config.importlib.util, 'find_spec', lambda name: None if name == 'mmseg' else find(name))
+    with pytest.raises(errors.LaunchError, match='pip install mmsegmentation'):
+        train.train(['scope.py'])
 
 
 def test_other_mistakes_are_named(workshop, tmp_path, capsys):
     (tmp_path / 'broken.py').write_text('model = dict(\n')
-    with pytest.raises(launch.LaunchError, match='broken.py is not a valid config'):
-        launch.train(['broken.py'])
+    with pytest.raises(errors.LaunchError, match='broken.py is not a valid config'):
+        train.train(['broken.py'])
     (tmp_path / 'notes.txt').write_text('model = dict()\n')
-    with pytest.raises(launch.LaunchError, match='notes.txt is not a valid config'):
-        launch.train(['notes.txt'])
-    with pytest.raises(launch.LaunchError, match='--auto-scale-lr'):
-        launch.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
+    with pytest.raises(errors.LaunchError, match='notes.txt is not a valid config'):
+        train.train(['notes.txt'])
+    with pytest.raises(errors.LaunchError, match='--auto-scale-lr'):
+        train.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
     detection = str(workshop / 'detection.py')
     for option, found in (('model.backbone.kernel_size=4', 'kernel_size=4: an odd'), ('model.backbone.depth=1', 'depth'),
                           ('visualizer.type=Foo', 'Foo'), ('train_dataloader.batch_size=0', 'batch_size=0'),
                           ('optim_wrapper.optimizer.lr=-1', 'Invalid learning rate: -1')):
-        with pytest.raises(launch.LaunchError, match=f'detection.py cannot be built: .*{found}'):
-            launch.train([detection, '--work-dir', 'w', '--cfg-options', option])
+        with pytest.raises(errors.LaunchError, match=f'detection.py cannot be built: .*{found}'):
+            train.train([detection, '--work-dir', 'w', '--cfg-options', option])
     with pytest.raises(SystemExit, match='2'):
-        launch.train([detection, '--cfg-options', 'train_cfg.max_iters'])
+        train.train([detection, '--cfg-options', 'train_cfg.max_iters'])
     assert '--cfg-options: train_cfg.max_iters is no KEY=VALUE' in capsys.readouterr().err
-    with pytest.raises(launch.LaunchError, match='EMAHook.*custom_hooks='):
+    with pytest.raises(errors.LaunchError, match='EMAHook.*custom_hooks='):
         averaged = tmp_path / 'averaged.py'
         averaged.write_text(f"_base_ = {detection!r}\ncustom_hooks = [dict(type='EMAHook')]\n")
-        launch.train([str(averaged), '--cfg-options', 'runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy'])
+        train.train([str(averaged), '--cfg-options', 'runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy'])
     for launcher, name in dict(slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK', pytorch='WORLD_SIZE').items():
-        with pytest.raises(launch.LaunchError, match=f'--launcher {launcher}: .*{name}'):
-            launch.train([detection, '--launcher', launcher])
+        with pytest.raises(errors.LaunchError, match=f'--launcher {launcher}: .*{name}'):
+            train.train([detection, '--launcher', launcher])
     torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
-    with pytest.raises(launch.LaunchError, match=r'--out predictions.json.*\.pkl'):
-        launch.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'predictions.json'])
+    with pytest.raises(errors.LaunchError, match=r'--out predictions.json.*\.pkl'):
+        test.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'predictions.json'])

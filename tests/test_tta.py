@@ -9,7 +9,8 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 
-from revcol_mm import config_path, launch
+from revcol_mm import config_path
+from revcol_mm.apis import tta
 from revcol_mm.detection import InstanceTTAModel
 
 SIZE = (20, 30)  # height, width
@@ -150,7 +151,7 @@ PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(1333, 800
 
 
 def test_default_views_are_the_test_pipeline_at_several_scales_plain_and_flipped():
-    load, augment = launch.default_tta_pipeline(PIPELINE, (1.0, 0.5))
+    load, augment = tta.default_tta_pipeline(PIPELINE, (1.0, 0.5))
     resizes, flips, annotations, pack = augment['transforms']
     assert load == PIPELINE[0]
     assert [step['scale'] for step in resizes] == [(1333, 800), (666, 400)]
@@ -165,7 +166,7 @@ def test_detectors_get_the_model_that_merges_masks(given):
                       test_dataloader=dict(dataset=dict(type='B', pipeline=PIPELINE))))
     if given:
         cfg.tta_model = dict(type=given, tta_cfg=dict(max_per_img=7))
-    launch.set_tta(cfg)
+    tta.set_tta(cfg)
     assert cfg.model.type == 'InstanceTTAModel' and cfg.model.module.type == 'A'
     assert cfg.model.tta_cfg == (dict(max_per_img=7) if given else dict(nms=dict(type='soft_nms'), max_per_img=100))
     assert cfg.test_dataloader.dataset.pipeline[-1].type == 'TestTimeAug'

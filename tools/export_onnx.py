@@ -8,20 +8,20 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import List, Optional
 
 from mmengine.registry import MODELS, DefaultScope
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.checks import LaunchError, check_checkpoint  # noqa: E402
-from revcol_mm.export import SIZES, export_onnx  # noqa: E402
-from revcol_mm.inference import load_weights  # noqa: E402
-from revcol_mm.launch import add_config_options, load_config, model_errors, plain_errors  # noqa: E402
+from revcol_mm.apis.checks import check_checkpoint  # noqa: E402
+from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.errors import LaunchError, model_errors, plain_errors  # noqa: E402
+from revcol_mm.apis.inference import load_weights  # noqa: E402
 from revcol_mm.models import RevCol  # noqa: E402
+from revcol_mm.utils.export import SIZES, export_onnx  # noqa: E402
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Export the RevCol backbone of a model to ONNX')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
@@ -34,7 +34,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     check_checkpoint(args.checkpoint, 'the command line')

@@ -9,16 +9,15 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.checks import LaunchError  # noqa: E402
-from revcol_mm.flops import count, default_shape  # noqa: E402
-from revcol_mm.launch import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.errors import LaunchError  # noqa: E402
+from revcol_mm.utils.flops import count, default_shape  # noqa: E402
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Count the parameters and multiply-adds of a model, part by part')
     parser.add_argument('config', help='a detector, a segmentor or a classifier')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the image; default: '
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
           + (' Two-stage heads: 1000 boxes and 100 masks per stage.' if any('roi_head' in part for part in parts) else ''))
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')  # what heads say about their losses matters for training

@@ -9,17 +9,17 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, read_checkpoint  # noqa: E402
+from revcol_mm.apis.config import load_config  # noqa: E402
+from revcol_mm.apis.errors import LaunchError  # noqa: E402
+from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
-from revcol_mm.checks import LaunchError  # noqa: E402
-from revcol_mm.launch import load_config  # noqa: E402
+from revcol_mm.converters import export_official, import_checkpoint  # noqa: E402
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Import a checkpoint of the authors' release")
     parser.add_argument('checkpoint', help='path or URL: classifier, Cascade Mask R-CNN (mmdet 2) or UPerNet (mmseg 0.x)')
     parser.add_argument('--config', help='config, or the name of one of ours, of the model that will load it: names and shapes '
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'written:     {"nothing (dry run)" if args.dry_run else out}')
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         run(args)

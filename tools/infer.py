@@ -8,20 +8,20 @@ Exit status: 0 when all images were predicted; 3 when some were left out, each w
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.inference import Numbering, build_inferencer, check_folder, find_images, predict  # noqa: E402
-from revcol_mm.launch import add_config_options, load_config, plain_errors  # noqa: E402
+from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.errors import plain_errors  # noqa: E402
+from revcol_mm.apis.inference import Numbering, build_inferencer, check_folder, find_images, predict  # noqa: E402
 
 SOME_LEFT_OUT = 3
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Predict on images with a detector, a segmentor or a classifier')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
@@ -40,7 +40,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     paths = find_images(args.images)

@@ -11,15 +11,15 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import List, Optional, Union
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.checkpoint import CheckpointError, PaddingReport, pad_checkpoint, read_checkpoint  # noqa: E402
+from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
+from revcol_mm.converters import PaddingReport, pad_checkpoint  # noqa: E402
 
 
-def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Pad the depthwise kernels of a RevCol checkpoint')
     parser.add_argument('checkpoint', nargs='?',
                         help='.pth or .safetensors: a backbone, a classifier, a detector, a segmentor, with '
@@ -43,7 +43,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     return args
 
 
-def _size_or_name(argument: str) -> Union[int, str]:
+def _size_or_name(argument: str) -> int | str:
     try:
         return int(argument)
     except ValueError:
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         print(describe(report, path + (' (dry run, not written)' if args.dry_run else '')))
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         run(args)

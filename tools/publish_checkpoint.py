@@ -8,14 +8,14 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.checkpoint import CheckpointError, publish_checkpoint  # noqa: E402
+from revcol_mm.checkpoint import CheckpointError  # noqa: E402
+from revcol_mm.converters import publish_checkpoint  # noqa: E402
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Publish a checkpoint')
     parser.add_argument('checkpoint')
     parser.add_argument('--out', help='name before the hash is put in, .pth or .safetensors. Default: that of the checkpoint')

@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.launch import plain_errors, train  # noqa: E402
+from revcol_mm.apis.errors import plain_errors  # noqa: E402
+from revcol_mm.apis.train import train  # noqa: E402
 
 if __name__ == '__main__':
     with plain_errors():

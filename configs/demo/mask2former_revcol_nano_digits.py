@@ -2,7 +2,7 @@
 _base_ = ['../_base_/mask2former_revcol.py', '_base_/digits_semantic.py']
 
 custom_imports = dict(
-    imports=['revcol_mm', 'revcol_mm.segmentation', 'revcol_mm.datasets.iou', 'mmdet.models'], allow_failed_imports=False)
+    imports=['revcol_mm', 'revcol_mm.segmentation', 'mmdet.models'], allow_failed_imports=False)
 
 width = 64
 num_classes = 11

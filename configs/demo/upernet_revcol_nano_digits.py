@@ -3,7 +3,7 @@
 _base_ = ['../_base_/upernet_revcol.py', '_base_/digits_semantic.py']
 
 custom_imports = dict(
-    imports=['revcol_mm', 'revcol_mm.segmentation', 'revcol_mm.datasets.iou'], allow_failed_imports=False)
+    imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
 
 norm = dict(type='BN')
 # Seven pixels in eight are background. Little weight on it lets the classes be learned early (the auxiliary head's part), more

@@ -2,8 +2,9 @@
 """Writing checkpoints: whole or not at all, and the same bytes for the same contents."""
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Iterator
+from typing import IO, Any
 
 import torch
 from torch import Tensor

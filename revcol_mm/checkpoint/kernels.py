@@ -2,7 +2,7 @@
 """The depthwise kernels of RevCol's blocks, and how one becomes larger (appendix D.3.1)."""
 import re
 from collections import defaultdict
-from typing import Dict, Mapping, Optional
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ KERNEL = re.compile(r'(?P<prefix>(?:.*\.)?)(?P<name>subnet\d+\.level\d\.blocks\.
 STD = 1e-7  # of the border; the paper's
 
 
-def kernels_of(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def kernels_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The depthwise kernels of RevCol's blocks, (C, 1, k, k) each."""
     return {key: value for key, value in weights.items() if isinstance(value, Tensor) and KERNEL.fullmatch(str(key))}
 
@@ -37,7 +37,7 @@ def kernel_size_of(kernels: Mapping[str, Tensor], filename: str) -> int:
     return next(iter(by_size))
 
 
-def draw_border(channels: int, size: int, std: float, generator: Optional[torch.Generator]) -> Tensor:
+def draw_border(channels: int, size: int, std: float, generator: torch.Generator | None) -> Tensor:
     """N(0, std²) in float32 on the CPU, (channels, 1, size, size): the same numbers whatever the dtype of the kernel."""
     return torch.zeros(channels, 1, size, size).normal_(0., std, generator=generator)
 
@@ -62,7 +62,7 @@ def pad_kernel(kernel: Tensor, border: Tensor) -> Tensor:
     return padded
 
 
-def pad_on_load(module: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
+def pad_on_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
     """Pads kernels that are smaller than ``module.kernel_size`` while they are being loaded, whichever way.
 
     A hook for :meth:`torch.nn.Module.register_load_state_dict_pre_hook`: ``RevCol(pad_pretrained=True)`` registers it, and

@@ -2,16 +2,18 @@
 """Weights for a backbone out of any of the files that hold one."""
 import re
 from collections import Counter
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .backbone import FOLDED
 from .kernels import pad_on_load
 from .safe import CheckpointError, read_checkpoint, some
 
+#: Buffer that marks a folded network (``RevCol.switch_to_deploy``) in its state dict.
+FOLDED = 'deployed'
 # Where the weights lie in a file, by who wrote it: mmengine and mmcv, then the authors' classification code.
 WRAPPINGS = ('state_dict', 'model')
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,7 +22,7 @@ WEIGHT = re.compile(r'(^|\.)(stem|subnet\d+)\.|(^|\.)(weight|bias)$')
 COUNTERS = ('num_batches_tracked', FOLDED)  # integers among the weights of every network
 
 
-def find_state_dict(checkpoint: Any, filename: str) -> Tuple[Dict[str, Tensor], Optional[str]]:
+def find_state_dict(checkpoint: Any, filename: str) -> tuple[dict[str, Tensor], str | None]:
     """The weights inside of a checkpoint, and the key they lie under (None for a bare state dict).
 
     Raises:
@@ -53,7 +55,7 @@ def find_meta(checkpoint: Any, filename: str) -> Mapping[str, Any]:
     return meta or {}
 
 
-def strip_module(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def strip_module(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the ``module.`` that (Distributed)DataParallel puts before every name."""
     weights = dict(weights)
     while weights and all(key.startswith('module.') for key in weights):
@@ -72,7 +74,7 @@ def find_prefix(weights: Iterable[str], names: Iterable[str]) -> str:
 
 def load_pretrained(module: nn.Module,
                     checkpoint: str,
-                    prefix: Optional[str] = None,
+                    prefix: str | None = None,
                     map_location: str = 'cpu') -> None:
     """Loads a backbone's weights from a released or own checkpoint, safely, and says what it did.
 

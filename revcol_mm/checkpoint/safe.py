@@ -1,20 +1,26 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Checkpoints are data: whatever a file holds, loading it runs no code of it, and what mmengine itself writes loads."""
+"""Safe loading: no file runs code when it is loaded, and the checkpoints that mmengine writes can be loaded.
+
+:mod:`revcol_mm.patches` puts the loaders of this module in the place of mmengine's.
+"""
 import hashlib
+import io
 import os
 import pickle
 import struct
 import sys
-import warnings
+import tempfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Any, Dict, Iterable, Optional, Union
+from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info
+from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import scheduler
 from mmengine.runner import CheckpointLoader
@@ -25,7 +31,6 @@ try:
 except ImportError:  # numpy 1
     from numpy.core import multiarray
 
-FORCE, FORCE_NOT = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'
 NUMBER_KINDS = 'biufc'  # of numpy dtypes: booleans, integers, floats, complex numbers
 
 
@@ -63,7 +68,8 @@ class _Settings:
         return OrderedDict(*args)
 
 
-def _safe_globals() -> list:
+def safe_globals() -> list:
+    """The types of mmengine's checkpoints, for :func:`torch.serialization.add_safe_globals`."""
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDG'}
     allowed = [HistoryBuffer, np.ndarray, (_safe_getattr, 'builtins.getattr'), (_safe_dtype, 'numpy.dtype'), *dtypes]
     for package in ('numpy.core', 'numpy._core'):  # up to numpy 1, and from numpy 2 on
@@ -76,30 +82,46 @@ def _safe_globals() -> list:
     return allowed
 
 
-def enable_safe_loading() -> None:
-    """Makes every ``torch.load`` of this process, and of its children, load data only, and mmengine's checkpoints loadable.
+# The loaders take the place of mmengine's functions of the same names. mmengine's log shows what follows 'load_from_'.
 
-    torch's check is forced on by the environment variable ``TORCH_FORCE_WEIGHTS_ONLY_LOAD``, which torch reads on every call,
-    so that no caller can pass ``weights_only=False``: mmengine's http backend does, and so does the loader of onedl-mmengine
-    when the check refuses a file. The types that mmengine puts into checkpoints (HistoryBuffer, numpy's arrays and scalars,
-    one-cycle schedulers) are allow-listed, without opening the door to ``getattr``. ``.safetensors`` files are served
-    wherever mmengine loads checkpoints, and downloads of the same name from two URLs are kept apart. Called by
-    ``import revcol_mm``; calling it again does no harm.
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """Raises FileNotFoundError if there is no such file, and what :func:`torch.load` raises for a file that it refuses."""
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'checkpoint {filename} does not exist')
+    return torch.load(filename, map_location=map_location, weights_only=True)
+
+
+def load_from_pavi(filename: str, map_location: Any = None) -> Any:
+    """Loads from the model cloud of SenseTime, ``pavi://…``, whose package must be installed."""
+    from pavi import modelcloud
+    model = modelcloud.get(filename.removeprefix('pavi://'))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, model.name)
+        model.download(path)
+        return load_from_local(path, map_location)
+
+
+def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petrel') -> Any:
+    """Loads from an object store, ``s3://…`` or ``petrel://…``, through mmengine's file backend."""
+    contents = get_file_backend(filename, backend_args=dict(backend=backend)).get(filename)
+    return torch.load(io.BytesIO(contents), map_location=map_location, weights_only=True)
+
+
+def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
+    """Loads one of OpenMMLab's pre-trained models by name, ``open-mmlab://…`` or ``openmmlab://…``.
+
+    Raises:
+        KeyError: if mmengine does not know the name.
     """
-    if os.environ.pop(FORCE_NOT, None) is not None:
-        warnings.warn(f'{FORCE_NOT} is ignored: checkpoints are loaded safely, and those of mmengine load all the same.')
-    os.environ[FORCE] = '1'
-    torch.serialization.add_safe_globals(_safe_globals())
-    # onedl-mmengine allows a list of its own for each load: plain getattr is in it, and what is in it is forbidden afterwards.
-    if hasattr(runner_checkpoint, 'get_torch_safe_globals'):
-        runner_checkpoint.get_torch_safe_globals = list
-    CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=load_from_safetensors, force=True)
-    CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), loader=load_from_http, force=True)
+    name = filename.partition('://')[2]
+    address = runner_checkpoint.get_external_models()[runner_checkpoint.get_deprecated_model_names().get(name, name)]
+    if address.startswith(('http://', 'https://')):
+        return load_from_http(address, map_location)
+    return load_from_local(os.path.join(runner_checkpoint._get_mmengine_home(), address), map_location)
 
 
-# mmengine's log shows what follows 'load_from_' in the names of these loaders.
-
-def load_from_safetensors(filename: str, map_location: Any = None) -> Dict[str, Any]:
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Raises CheckpointError if the file is none of this format, or damaged, or the package safetensors is missing."""
     safetensors = import_safetensors()
     try:
@@ -119,8 +141,10 @@ def import_safetensors() -> ModuleType:
     return safetensors
 
 
-def load_from_http(filename: str, map_location: Any = None) -> Any:
+def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
     """Downloads into torch's cache, unless it is there, and loads. In a distributed run the first process downloads.
+
+    The name in the cache tells files of the same name from different addresses apart. mmengine's further arguments are ignored.
 
     Raises:
         URLError: it cannot be downloaded; also what loading a local file raises.
@@ -133,7 +157,7 @@ def load_from_http(filename: str, map_location: Any = None) -> Any:
     path = _download(filename)  # of another machine's first process nothing is to be seen here
     if path.endswith('.safetensors'):
         return load_from_safetensors(path, map_location)
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return load_from_local(path, map_location)
 
 
 def _download(url: str) -> str:
@@ -148,7 +172,7 @@ def _download(url: str) -> str:
     return path
 
 
-def read_checkpoint(filename: str, map_location: Union[str, torch.device] = 'cpu', logger: Optional[str] = 'current') -> Any:
+def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', logger: str | None = 'current') -> Any:
     """Contents of a checkpoint, without running code of it.
 
     Args:
@@ -163,7 +187,6 @@ def read_checkpoint(filename: str, map_location: Union[str, torch.device] = 'cpu
         FileNotFoundError: no such file.
         CheckpointError: the file is empty, damaged, no checkpoint, carries code, or cannot be downloaded.
     """
-    enable_safe_loading()
     filename = str(filename)
     local = os.path.expanduser(filename)
     if '://' not in filename and not os.path.isfile(local):

@@ -19,7 +19,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple, Union
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
     ink: np.ndarray
 
 
-def make_digits(root: Union[str, Path] = 'data/digits', num_train: int = 1600, num_val: int = 200, size: int = 128,
+def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val: int = 200, size: int = 128,
                 seed: int = 0) -> bool:
     """Writes the data set, or leaves it alone where it was made with the same arguments.
 
@@ -111,14 +111,14 @@ def _read_mark(root: Path) -> dict:
     return made
 
 
-def _load_samples() -> Dict[str, List[Sample]]:
+def _load_samples() -> dict[str, list[Sample]]:
     """A quarter of every class for validation, the rest for training."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError('the handwritten digits come with scikit-learn: pip install scikit-learn') from error
     digits = load_digits()
-    samples: Dict[str, List[Sample]] = dict(train=[], val=[])
+    samples: dict[str, list[Sample]] = dict(train=[], val=[])
     order = np.random.default_rng(0).permutation(len(digits.target))
     for label in range(len(DIGITS)):
         own = [Sample(int(i), label, digits.images[i] / 16) for i in order if digits.target[i] == label]
@@ -128,7 +128,7 @@ def _load_samples() -> Dict[str, List[Sample]]:
     return samples
 
 
-def _write_scenes(root: Path, split: str, samples: List[Sample], count: int, size: int, seed: int) -> None:
+def _write_scenes(root: Path, split: str, samples: list[Sample], count: int, size: int, seed: int) -> None:
     """Images, semantic maps and COCO annotations of one split."""
     (root / split).mkdir()
     (root / 'semantic' / split).mkdir(parents=True)
@@ -153,7 +153,7 @@ def _write_scenes(root: Path, split: str, samples: List[Sample], count: int, siz
                 root / 'annotations' / f'instances_{split}.json')
 
 
-def _write_crops(root: Path, split: str, samples: List[Sample], seed: int) -> None:
+def _write_crops(root: Path, split: str, samples: list[Sample], seed: int) -> None:
     """Single digits that fill most of a small image, each sample on several backgrounds for training."""
     for name in DIGITS:
         (root / 'crops' / split / name).mkdir(parents=True)
@@ -169,12 +169,12 @@ def _write_crops(root: Path, split: str, samples: List[Sample], seed: int) -> No
             _write_image(image.astype(np.uint8), folder / f'{sample.index:04d}_{copy}.jpg')
 
 
-def _compose(rng: np.random.Generator, samples: List[Sample], size: int) -> Tuple[np.ndarray, List[np.ndarray], List[Sample]]:
+def _compose(rng: np.random.Generator, samples: list[Sample], size: int) -> tuple[np.ndarray, list[np.ndarray], list[Sample]]:
     """One image, (size, size, 3), with the visible part of each digit, (size, size) bool, and the digit's sample."""
     image = _texture(rng, size)
-    masks: List[np.ndarray] = []
-    full_areas: List[int] = []
-    used: List[Sample] = []
+    masks: list[np.ndarray] = []
+    full_areas: list[int] = []
+    used: list[Sample] = []
     largest = min(_SIDES[1], size // 2)
     for _ in range(int(rng.integers(2, 6))):
         sample = samples[int(rng.integers(len(samples)))]
@@ -194,7 +194,7 @@ def _compose(rng: np.random.Generator, samples: List[Sample], size: int) -> Tupl
     return image.astype(np.uint8), masks, used
 
 
-def _fits(mask: np.ndarray, others: List[np.ndarray], full_areas: List[int], may_overlap: bool) -> bool:
+def _fits(mask: np.ndarray, others: list[np.ndarray], full_areas: list[int], may_overlap: bool) -> bool:
     if may_overlap:
         return all((other & ~mask).sum() >= _MIN_VISIBLE * area for other, area in zip(others, full_areas))
     near = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)

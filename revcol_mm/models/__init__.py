@@ -1,7 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-from .c2f import RevColC2f
-from .revcol import RevCol
-from .sequence import RevColTransformerEncoder
-from .vit import RevColViT
+"""Models. The backbones need mmengine and mmcv only; heads, classifiers, necks and test-time augmentation need more."""
+from .backbones import RevCol, RevColC2f, RevColTransformerEncoder, RevColViT
 
 __all__ = ['RevCol', 'RevColC2f', 'RevColTransformerEncoder', 'RevColViT']

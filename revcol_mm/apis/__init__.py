@@ -1,0 +1,6 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What the tools run: training, testing, inference, and the checks before them."""
+from .config import load_config
+from .errors import LaunchError
+
+__all__ = ['LaunchError', 'load_config']

@@ -1,0 +1,174 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What a run needs, looked for before anything is built: its data sets, its weights, the checkpoint it goes on from."""
+import json
+import os
+import os.path as osp
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+
+from ..checkpoint import read_checkpoint
+from ..checkpoint.safe import some
+from .errors import LaunchError
+
+#: How the well-known data sets must lie below their ``data_root``.
+LAYOUTS = dict(
+    CocoDataset='annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/*.jpg and val2017/*.jpg '
+                '(https://cocodataset.org/#download)',
+    ADE20KDataset='images/training, images/validation, annotations/training and annotations/validation '
+                  '(ADEChallengeData2016.zip of http://sceneparsing.csail.mit.edu)',
+    ImageNet='train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG with meta/val.txt (https://image-net.org)')
+
+
+def check_data(cfg: Config, loaders: Sequence[str]) -> None:
+    """Looks for the annotation files and folders of the data loaders and evaluators that a run will use.
+
+    Args:
+        cfg: the config.
+        loaders: among 'train', 'val' and 'test'.
+
+    Raises:
+        LaunchError: if one is missing; the message says where the data must lie, and how to name another place.
+    """
+    for loader in loaders:
+        section = f'{loader}_dataloader'
+        if not cfg.get(section):
+            continue
+        for key, dataset in _datasets(cfg[section].get('dataset'), f'{section}.dataset'):
+            root = dataset.get('data_root') or ''
+            paths = [dataset.get('ann_file')]
+            prefix = dataset.get('data_prefix') or {}
+            paths += [prefix] if isinstance(prefix, str) else [path for path in prefix.values() if isinstance(path, str)]
+            if not any(paths) and root:
+                paths = ['']
+            for path in paths:
+                path = path if path is None or _is_remote(path) else osp.join(root, path)
+                if path and not _is_remote(path) and not osp.exists(path):
+                    raise LaunchError(_describe_missing_data(path, key, dataset, section))
+            _check_categories(dataset, key)
+        evaluators = cfg.get(f'{loader}_evaluator') or []
+        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            path = evaluator.get('ann_file')
+            if path and not _is_remote(path) and not osp.exists(path):
+                raise LaunchError(f'there is no annotation file {path} (looked from {os.getcwd()}), which {loader}_evaluator '
+                                  f'needs. Another place: --cfg-options {loader}_evaluator.ann_file=/path/to/annotations.json')
+
+
+def _check_categories(dataset: dict, key: str) -> None:
+    """The classes that a COCO-format data set of one's own names must be categories of its annotation file.
+
+    Those that are not would be trained without a single object, or end in mmdet with another complaint.
+    """
+    if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or not dataset.get('ann_file'):
+        return
+    path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
+    classes = BaseDataset._load_metainfo(dataset.get('metainfo')).get('classes')  # of a file, if it names one
+    if classes is None or _is_remote(path):
+        return
+    try:
+        with open(path, encoding='utf-8') as file:
+            categories = [category['name'] for category in json.load(file)['categories']]
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
+        raise LaunchError(f'{path} is no annotation file in COCO format: {type(error).__name__}: {error}') from error
+    classes = [classes] if isinstance(classes, str) else list(classes)
+    missing = [name for name in classes if name not in categories]
+    if missing:
+        raise LaunchError(f'{path} has no category {some(missing)}, which {key}.metainfo.classes names; it has '
+                          f'{some(categories, 10)}')
+
+
+def _datasets(dataset, key: str) -> Iterator[tuple[str, dict]]:
+    """The data sets inside wrappers (RepeatDataset, ConcatDataset, …), with their keys in the config."""
+    if not isinstance(dataset, dict):
+        return
+    if 'dataset' in dataset:
+        yield from _datasets(dataset['dataset'], f'{key}.dataset')
+    elif 'datasets' in dataset:
+        for index, part in enumerate(dataset['datasets']):
+            yield from _datasets(part, f'{key}.datasets.{index}')
+    else:
+        yield key, dataset
+
+
+def _is_remote(path: str) -> bool:
+    return '://' in path
+
+
+def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> str:
+    kind = str(dataset.get('type', 'data set'))
+    root = dataset.get('data_root')
+    text = f'there is no {path} (looked from {os.getcwd()}), which {section} needs.'
+    layout = LAYOUTS.get(kind.rpartition('.')[2])
+    if layout and root:
+        text += f' {kind} lies in {root}: {layout}.'
+    if root:
+        link = root.rstrip('/')
+        text += (f' If it is elsewhere, make a link (ln -s /path/to/data {link}), or name the place with --cfg-options '
+                 f'{key}.data_root=/path/to/data/, the same for the other data loaders')
+        text += ', and the annotation files of val_evaluator and test_evaluator' if 'ann_file' in dataset else ''
+    else:
+        text += f' Another place: --cfg-options {key}.ann_file=…'
+    return text
+
+
+def check_pretrained(cfg: Config, config: str) -> None:
+    """Looks for the local file of ``model.backbone.init_cfg``, which a training needs, before anything is built.
+
+    Raises:
+        LaunchError: if it is not there; the message says how to make it, or where the config ``config`` has it from.
+    """
+    init_cfg = ((cfg.get('model') or {}).get('backbone') or {}).get('init_cfg')
+    path = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
+    source = f'the first lines of {config} and docs/model_zoo.md name'
+    padded = re.fullmatch(r'(.+)_k(\d+)\.pth', path or '')
+    remedy = f'Put the weights there that {source}'
+    if padded:
+        remedy = f'Pad the 3×3 weights that {source}: python tools/pad_kernels.py {padded[1]}.pth --size {padded[2]}'
+    key = 'model.backbone.init_cfg'
+    _check_exists(path, f'{key}.checkpoint', f'{remedy}. Another place: --cfg-options {key}.checkpoint=/path/to/weights.pth; '
+                  f'no pre-trained weights: --cfg-options {key}=None')
+
+
+def _check_exists(path: str | None, argument: str, remedy: str = '') -> None:
+    if path and not _is_remote(path) and not osp.exists(osp.expanduser(path)):
+        raise LaunchError(f'there is no checkpoint {path} (looked from {os.getcwd()}), which {argument} names'
+                          + f'. {remedy}' * bool(remedy))
+
+
+def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> None:
+    """Looks at a local checkpoint before anything is built. One of FSDP's is a folder.
+
+    Args:
+        path: the file; None is fine.
+        argument: what names it.
+        resume: whether a training goes on from it, which takes more than weights.
+
+    Raises:
+        LaunchError: if it is not there, or not one that mmengine would load: of other files it loads nothing, and only warns.
+        CheckpointError: if it cannot be read.
+    """
+    if not path or _is_remote(path) or osp.isdir(path):
+        return
+    _check_exists(path, argument, 'Another place: --cfg-options load_from=/path/to/checkpoint.pth; without one: --cfg-options '
+                  'load_from=None' if argument == 'load_from' else '')
+    content = read_checkpoint(path, map_location='meta', logger=None)
+    keys = list(content) if isinstance(content, dict) else []
+    if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
+        found = ', '.join(map(str, keys[:5])) or f'a {type(content).__name__}'
+        raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. '
+                          + place_of_backbones(path))
+    missing = [key for key in ('meta', 'message_hub') if key not in keys]
+    if resume and 'optimizer' not in keys:
+        warnings.warn(f'{path} holds no optimizer state, which starts afresh')
+    if resume and missing:
+        raise LaunchError(f'{path} holds no {" and no ".join(missing)}, so no training can go on from it. To start one from '
+                          f'its weights: --cfg-options load_from={path}')
+
+
+def place_of_backbones(path: str) -> str:
+    return ("Weights of a backbone go into the config: model.backbone.init_cfg=dict(type='Pretrained', "
+            f"checkpoint='{path}')")

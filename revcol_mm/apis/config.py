@@ -1,0 +1,131 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The config of a run: the command line's settings, the config's packages, and the arguments that every tool shares."""
+import argparse
+import importlib.util
+import os
+import os.path as osp
+
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.utils import import_modules_from_strings
+
+from ..utils.configs import config_path
+from .errors import PACKAGES, LaunchError
+
+
+class _Settings(DictAction):
+    """mmengine's, with a sentence for what is no KEY=VALUE."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
+                 option_string: str | None = None) -> None:
+        wrong = [value for value in values if '=' not in value]
+        if wrong:
+            parser.error(f'argument {option_string}: {" ".join(wrong)} is no KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``, and the defaults of whatever else :func:`load_config` reads, for every tool that takes a config."""
+    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
+    parser.add_argument('--cfg-options', nargs='+', action=_Settings, metavar='KEY=VALUE',
+                        help='settings that replace those of the config, e.g. train_dataloader.batch_size=4 '
+                             'key="[a,b]" key="[(a,b),(c,d)]"')
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``tools/train.py`` and ``tools/test.py`` share."""
+    parser.add_argument('--work-dir', help='folder of logs, checkpoints and metrics; default: work_dirs/<name of the config>')
+    add_config_options(parser)
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the command line's settings, its packages imported, and the fallbacks of a machine without a GPU.
+
+    Raises:
+        LaunchError: if the config or a package that it needs is missing, or it cannot be read.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not osp.isfile(args.config):
+        args.config = _find_own_config(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except ImportError as error:
+        raise LaunchError(_name_missing_package(error, args.config)) from error
+    except FileNotFoundError as error:
+        raise LaunchError(f'{args.config} inherits from a file that is not there: {error}') from error
+    except (SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError, OSError) as error:  # OSError: no .py file
+        raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
+    if args.cfg_options is not None:
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (TypeError, KeyError, IndexError) as error:
+            raise LaunchError(f'--cfg-options do not fit {args.config}: {error}') from error
+        _import_extras(cfg, args.config)  # --cfg-options may name further modules
+
+    scope = cfg.get('default_scope') or 'mmengine'
+    if scope in PACKAGES:
+        if importlib.util.find_spec(scope) is None:
+            raise LaunchError(f'{args.config} needs {scope}, which is not installed: pip install {PACKAGES[scope]}')
+        _register(scope)
+    if scope == 'mmpretrain':
+        _set_mmpretrain_dataloaders(cfg)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    return cfg
+
+
+def _find_own_config(name: str) -> str:
+    """The package's config of this name: from outside of the checkout, ``configs/x.py`` or ``x`` works too."""
+    try:
+        return config_path(name.removeprefix('configs/'))
+    except FileNotFoundError as error:
+        raise LaunchError(f'there is no config {name} (looked from {os.getcwd()}), and {error}') from error
+
+
+def _import_extras(cfg: Config, config: str) -> None:
+    extras = cfg.get('custom_imports')
+    try:
+        if extras:
+            import_modules_from_strings(**extras)
+    except ImportError as error:
+        raise LaunchError(_name_missing_package(error, config)) from error
+
+
+def _name_missing_package(error: ImportError, config: str) -> str:
+    """What to install. mmengine hides the missing module's name behind a new exception."""
+    cause: BaseException | None = error
+    while cause is not None:
+        name = getattr(cause, 'name', None)
+        if isinstance(cause, ModuleNotFoundError) and name:
+            package = name.partition('.')[0]
+            if package == 'revcol_mm' and importlib.util.find_spec('revcol_mm') is not None:
+                break
+            return f'{config} needs the package {package}, which is not installed: pip install {PACKAGES.get(package, package)}'
+        cause = cause.__cause__ or cause.__context__
+    for package, pip_name in PACKAGES.items():
+        if importlib.util.find_spec(package) is None and package in str(error):
+            return f'{config} needs {package}, which is not installed: pip install {pip_name}'
+    return f'{config} names a module that cannot be imported: {error}'
+
+
+def _register(scope: str) -> None:
+    """Registers all modules of mmdet, mmseg or mmpretrain, and makes it the default scope."""
+    utils = importlib.import_module(f'{scope}.utils')
+    utils.register_all_modules(init_default_scope=False)
+    if scope == 'mmdet':
+        utils.setup_cache_size_limit_of_dynamo()
+
+
+def _set_mmpretrain_dataloaders(cfg: Config) -> None:
+    """mmpretrain's own tools add these to every data loader, and its configs rely on it."""
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(key)
+        if loader:
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+            loader.setdefault('pin_memory', get_device() != 'cpu')
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)

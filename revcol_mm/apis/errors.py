@@ -1,0 +1,78 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Errors that the user of a tool can remedy, and how they end a program."""
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+
+from ..checkpoint import CheckpointError
+
+#: Import name and PyPI name of the packages that a config's ``default_scope`` can name.
+PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation', mmpretrain='mmpretrain')
+
+
+class LaunchError(RuntimeError):
+    """A run that cannot start or go on for a reason that its user can remedy; the message says how."""
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Ends the program with one sentence and exit status 1 for errors that its user can remedy; others keep their traceback."""
+    try:
+        yield
+    except (LaunchError, CheckpointError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        sys.exit(f'error: {error}: pip install {PACKAGES.get(package, package)}')
+
+
+@contextlib.contextmanager
+def model_errors(cfg: Config) -> Iterator[None]:
+    """While the config's model is built.
+
+    Raises:
+        LaunchError: for settings that the model refuses, an unknown ``type`` among them, and for a config without a model.
+    """
+    if not cfg.get('model'):
+        raise LaunchError(f'{cfg.filename} has no model')
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        reason = str(error.args[0] if error.args else type(error).__name__)
+        raise LaunchError(f'the model of {cfg.filename} cannot be built: {reason}') from error
+
+
+class _Begun(Hook):
+    """Tells the errors of a run from those of its parts, most of which a runner builds when the run is asked for."""
+
+    value = False
+
+    def before_train(self, runner) -> None:
+        self.value = True
+
+    before_test = before_train
+
+
+@contextlib.contextmanager
+def build_errors(cfg: Config, runner=None) -> Iterator[None]:
+    """While the parts of a run are built; with a ``runner``, while it runs.
+
+    Raises:
+        LaunchError: for settings that a part refuses, with its place.
+    """
+    begun = _Begun()
+    if runner is not None:
+        runner.register_hook(begun, priority='VERY_HIGH')
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if begun.value:
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = error.args[0] if error.args else 'no reason given'
+        raise LaunchError(f'{cfg.filename} cannot be built: {type(error).__name__}: {reason} ({where.filename}, line '
+                          f'{where.lineno})') from error

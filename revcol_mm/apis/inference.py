@@ -1,0 +1,435 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Predictions on images of one's own: mmdet's, mmseg's and mmpretrain's inferencers behind one function.
+
+The config's ``default_scope`` says which. Results are JSON in COCO's format: ``images.json`` lists images and categories, and
+``predictions.json`` what was found, so that ``COCO('images.json').loadRes('predictions.json')`` reads them.
+"""
+import copy
+import glob
+import json
+import os
+import os.path as osp
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, DefaultScope
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from ..checkpoint import CheckpointError, read_checkpoint
+from ..checkpoint.files import check_output, write_whole
+from ..checkpoint.loading import check_weights, find_meta, find_state_dict
+from ..checkpoint.safe import some
+from .checks import check_checkpoint
+from .errors import PACKAGES, LaunchError, model_errors
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+TOP = 5  # classes that a classifier's JSON names per image
+
+
+# Models ----------------------------------------------------------------------------------------------------------------------
+
+def load_weights(model: nn.Module, checkpoint: str) -> dict[str, Any]:
+    """Loads all of a model's weights, or none: mmengine's own loading only warns of what does not fit.
+
+    Args:
+        model: a whole detector, segmentor or classifier.
+        checkpoint: path or URL.
+
+    Returns:
+        dict: the checkpoint's ``meta``, {} if it has none.
+
+    Raises:
+        LaunchError: there is no such file, or it is none of a whole model.
+        CheckpointError: it cannot be read, holds unusable weights, or some of other names or shapes.
+    """
+    check_checkpoint(checkpoint, 'the command line')
+    contents = read_checkpoint(checkpoint, logger=None)
+    weights, meta = find_state_dict(contents, checkpoint)[0], find_meta(contents, checkpoint)
+    own = model.state_dict()
+    counters = {key for key in own if key.endswith('.num_batches_tracked')}  # files from elsewhere may lack them
+    problems = [f'{len(names)} {what}: {some(sorted(names))}' for what, names in (
+        ('weights are missing', set(own) - set(weights) - counters),
+        ('have no place in the model', set(weights) - set(own)),
+        ('have another shape', {key for key in set(own) & set(weights) if own[key].shape != weights[key].shape})) if names]
+    if problems:
+        raise CheckpointError(f'{checkpoint} does not fit the config\'s {type(model).__name__}: {"; ".join(problems)}')
+    check_weights(weights, checkpoint)
+    model.load_state_dict(weights, strict=False)
+    return meta
+
+
+def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, deploy: bool = False):
+    """The inferencer of the config's package, with the checkpoint's weights.
+
+    Args:
+        cfg: from :func:`revcol_mm.apis.load_config`.
+        checkpoint: path or URL, of a whole model.
+        device: Default: a GPU if there is one.
+        deploy: fold the backbone (:meth:`RevCol.switch_to_deploy`). Default: False.
+
+    Returns:
+        DetInferencer | MMSegInferencer | ImageClassificationInferencer: its ``classes`` and their colours are the
+        checkpoint's, and where it has none, those of the config's data set (by themselves the inferencers would take COCO's
+        or Cityscapes').
+
+    Raises:
+        LaunchError, CheckpointError: see :func:`load_weights`; also a config of another package, without a test pipeline, or
+            of a model that cannot be built, and a device that is not there.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in PACKAGES:
+        raise LaunchError(f'default_scope={scope!r}: inference is for the packages {", ".join(PACKAGES)}')
+    check_checkpoint(checkpoint, 'the command line')
+    device = device or get_device()
+    check_device(device)
+    if not cfg.get('test_dataloader'):
+        cfg = _with_test_pipeline(cfg)
+    with warnings.catch_warnings(), model_errors(cfg), \
+            DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
+        warnings.simplefilter('ignore')  # of random weights and other data sets' classes, both replaced below
+        if scope == 'mmdet':
+            from mmdet.apis import DetInferencer
+            inferencer = DetInferencer(model=cfg, device=device, show_progress=False)
+        elif scope == 'mmseg':
+            from mmseg.apis import MMSegInferencer
+            inferencer = MMSegInferencer(model=cfg, device=device)
+            inferencer.show_progress = False
+        else:
+            from mmpretrain import ImageClassificationInferencer
+            inferencer = ImageClassificationInferencer(model=cfg, pretrained=False, device=device)
+    meta = load_weights(inferencer.model, checkpoint)
+    classes, palette = _classes_and_palette(cfg, meta, scope)
+    if scope == 'mmseg':  # which would take Cityscapes' for what is missing
+        classes = classes or [str(label) for label in range(inferencer.model.num_classes)]
+        palette = palette or np.random.default_rng(0).integers(256, size=(len(classes), 3)).tolist()
+    inferencer.classes = classes
+    inferencer.model.dataset_meta = dict(classes=classes, palette=palette or 'random')
+    if inferencer.visualizer is not None:
+        inferencer.visualizer.dataset_meta = inferencer.model.dataset_meta
+    if deploy:
+        backbone = getattr(inferencer.model, 'backbone', None)
+        if not hasattr(backbone, 'switch_to_deploy'):
+            raise LaunchError(f'the backbone {type(backbone).__name__} cannot be folded (switch_to_deploy)')
+        backbone.switch_to_deploy()
+    return inferencer
+
+
+def check_device(device: str) -> None:
+    """Raises LaunchError for a device that is not there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
+        raise LaunchError(f'device {device!r} cannot be used: {str(error).splitlines()[0]}') from error
+
+
+def _with_test_pipeline(cfg: Config) -> Config:
+    """A config that is not tested (ImageNet-22K has no validation split), with its ``test_pipeline`` as a data loader's."""
+    if not (cfg.get('test_pipeline') and cfg.get('train_dataloader')):
+        raise LaunchError(f'{cfg.filename} does not say how images are prepared: it has neither a test_dataloader nor a '
+                          'test_pipeline beside its train_dataloader')
+    cfg = copy.deepcopy(cfg)
+    cfg.test_dataloader = dict(dataset=dict(cfg.train_dataloader.dataset, pipeline=cfg.test_pipeline))
+    return cfg
+
+
+def _classes_and_palette(cfg: Config, meta: dict, scope: str) -> tuple[Sequence[str] | None, list | None]:
+    """The checkpoint's own, then those of the config's data set, then None."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    defaults = getattr(kind, 'METAINFO', {})
+    # OpenMMLab's checkpoints before mmengine have CLASSES and PALETTE in their meta itself.
+    for source in (meta.get('dataset_meta') or {}, meta, dataset.get('metainfo') or {}, defaults):
+        source = {str(key).lower(): value for key, value in source.items()}
+        if source.get('classes'):
+            return source['classes'], source.get('palette')
+    return None, None
+
+
+# Images ----------------------------------------------------------------------------------------------------------------------
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """Files, the images anywhere below folders, and what globs (``*``, ``**``, ``?``) match, in order, each once.
+
+    Raises:
+        FileNotFoundError: for a name that stands for no file.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        pattern = osp.expanduser(pattern)
+        found = [pattern] if osp.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        images = []
+        for path in found:
+            if osp.isdir(path):
+                inside = glob.glob(osp.join(glob.escape(path), '**', '*'), recursive=True)
+                images += sorted(file for file in inside if file.lower().endswith(EXTENSIONS) and osp.isfile(file))
+            else:
+                images.append(path)
+        if not images:
+            raise FileNotFoundError(f'there is no image {pattern}' if not found else
+                                    f'{pattern} holds no images ({", ".join(EXTENSIONS)})')
+        paths += images
+    unique: dict[str, str] = {}
+    for path in paths:
+        unique.setdefault(osp.abspath(path), path)
+    return list(unique.values())
+
+
+def read_image(path: str) -> np.ndarray:
+    """The image as the models' pipelines read it, (H, W, 3) BGR.
+
+    Raises:
+        ValueError: if it is broken. OpenCV by itself fills up an image that is cut off, and goes on.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f'cannot be read as an image: {error}') from None
+    pixels = mmcv.imread(path)
+    if pixels is None:
+        raise ValueError('cannot be read as an image by OpenCV')
+    return pixels
+
+
+def output_names(paths: Sequence[str]) -> list[str]:
+    """A name for each image's outputs: the shortest that tells all apart, from the bare name to the path and extension."""
+    absolute = [osp.abspath(path) for path in paths]
+    root = osp.commonpath([osp.dirname(path) for path in absolute])
+    files, below = [osp.basename(path) for path in absolute], [osp.relpath(path, root) for path in absolute]
+    choices = [[osp.splitext(name)[0] for name in files], files, [osp.splitext(name)[0] for name in below], below]
+    return next(names for names in choices if len(set(names)) == len(names))
+
+
+# Predictions -----------------------------------------------------------------------------------------------------------------
+
+def predict_image(inferencer, path: str, image: np.ndarray, draw: bool = True, score_thr: float = 0.3
+                  ) -> tuple[list[dict], np.ndarray | None, np.ndarray | None]:
+    """What the model finds in one image.
+
+    Args:
+        inferencer: from :func:`build_inferencer`.
+        path: the image's file.
+        image: its pixels, from :func:`read_image`.
+        draw: make a picture. Default: True.
+        score_thr: least score of what a detector's picture shows. Default: 0.3.
+
+    Returns:
+        tuple: COCO's results without ``image_id``, ``category_id`` being the model's label from 0; the label map (H, W), in
+        segmentation only; and the picture, (H, W, 3) BGR.
+    """
+    kind = type(inferencer).__name__
+    if kind == 'DetInferencer':
+        inputs, show = [path], dict(return_vis=True, pred_score_thr=score_thr)
+        (_, batch), = inferencer.preprocess(inputs)
+    else:
+        inputs, show = [path], dict(return_vis=True)
+        batch, = inferencer.preprocess(inputs)
+    sample, = inferencer.forward(batch)
+    sample = sample.cpu()
+    if kind == 'ImageClassificationInferencer':
+        picture = _draw_class(inferencer, image, sample) if draw else None
+        return _class_results(sample), None, picture
+    picture = inferencer.visualize(inputs, [sample], **show)[0][..., ::-1] if draw else None
+    if kind == 'DetInferencer':
+        return _instance_results(sample.pred_instances), None, picture
+    labels = sample.pred_sem_seg.data[0].numpy()
+    return _map_results(labels), labels, picture
+
+
+def _draw_class(inferencer, image: np.ndarray, sample) -> np.ndarray:
+    from mmpretrain.visualization import UniversalVisualizer
+    inferencer.visualizer = inferencer.visualizer or UniversalVisualizer()
+    return inferencer.visualizer.visualize_cls(
+        image[..., ::-1], sample, classes=inferencer.classes, draw_gt=False, resize=max(256, min(image.shape[:2])))[..., ::-1]
+
+
+def _class_results(sample) -> list[dict]:
+    scores, labels = sample.pred_score.topk(min(TOP, len(sample.pred_score)))
+    return [dict(category_id=label, score=score) for label, score in zip(labels.tolist(), scores.tolist())]
+
+
+def _instance_results(instances) -> list[dict]:
+    boxes = instances.bboxes.clone()
+    boxes[:, 2:] -= boxes[:, :2]  # x1, y1, x2, y2 -> x, y, width, height
+    results = [dict(category_id=label, bbox=box, score=score) for label, box, score in
+               zip(instances.labels.tolist(), boxes.tolist(), instances.scores.tolist())]
+    for result, mask in zip(results, instances.get('masks', ())):
+        result['segmentation'] = encode_mask(np.asarray(mask))
+    return results
+
+
+def _map_results(labels: np.ndarray) -> list[dict]:
+    results = []
+    for label in np.unique(labels).tolist():
+        segmentation = encode_mask(labels == label)
+        results.append(dict(category_id=label, segmentation=segmentation, area=int(coco_mask.area(segmentation)),
+                            bbox=coco_mask.toBbox(segmentation).tolist(), score=1.0))
+    return results
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """COCO's run-length encoding of a (H, W) mask, ready for JSON."""
+    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return dict(size=[int(side) for side in encoded['size']], counts=encoded['counts'].decode())
+
+
+# Whole runs ------------------------------------------------------------------------------------------------------------------
+
+def check_folder(path: str) -> None:
+    """Raises LaunchError where a folder can neither be nor be made, because it, or one above it, is a file."""
+    existing = osp.abspath(path)
+    while not osp.lexists(existing):
+        existing = osp.dirname(existing)
+    if not osp.isdir(existing):
+        raise LaunchError(f'the output folder {path} cannot be made: {existing} is a file')
+
+
+@dataclass
+class Numbering:
+    """Ids of images and categories: counted, or those of a COCO annotation file, ``source``, by their names."""
+    images: dict[str, int] = field(default_factory=dict)
+    categories: dict[int, int] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+    source: str = ''
+
+    @classmethod
+    def from_annotations(cls, path: str) -> 'Numbering':
+        """Ids of images by file name, and of categories by name: :meth:`set_classes` says which of these the model knows.
+
+        Raises:
+            LaunchError: the file is missing, or no COCO annotations.
+        """
+        try:
+            with open(path, encoding='utf-8') as file:
+                annotations = json.load(file)
+            images = {osp.basename(image['file_name']): image['id'] for image in annotations['images']}
+            names = {category['name']: category['id'] for category in annotations['categories']}
+        except OSError as error:
+            raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}') from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise LaunchError(f'{path} holds no annotations in COCO format: {type(error).__name__}: {error}') from None
+        if len(images) < len(annotations['images']):
+            raise LaunchError(f'{path} has images of the same name in several folders, so names do not tell their ids')
+        return cls(images, names=names, source=path)
+
+    def set_classes(self, classes: Sequence[str] | None) -> None:
+        """Finds the categories of the model's classes.
+
+        Raises:
+            LaunchError: the annotations lack one of the classes, or these are unknown.
+        """
+        if not classes:
+            raise LaunchError(f'the categories of {self.source} are found by name, and neither the checkpoint nor the data set '
+                              "of test_dataloader names the model's classes: add metainfo=dict(classes=(…)) to the data set")
+        missing = [name for name in classes if name not in self.names]
+        if missing:
+            raise LaunchError(f'{self.source} has no categories {some(missing)}, which the model predicts')
+        self.categories = {label: self.names[name] for label, name in enumerate(classes)}
+
+    def image(self, path: str, index: int) -> int:
+        """The id of an image. Raises ValueError for one that the annotations do not name."""
+        if not self.images:
+            return index + 1
+        if osp.basename(path) not in self.images:
+            raise ValueError('is not in the annotation file')
+        return self.images[osp.basename(path)]
+
+    def category(self, label: int) -> int:
+        return self.categories.get(label, label)
+
+
+@dataclass
+class Summary:
+    """What a run did: images predicted, results, and for every image left out its path and the reason."""
+    images: int = 0
+    results: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score_thr: float = 0.3,
+            numbering: Numbering | None = None, force: bool = False,
+            progress: Callable[[Sequence], Iterator] = iter) -> Summary:
+    """Predicts on images, and writes ``images.json``, ``predictions.json``, and pictures and label maps into folders.
+
+    An image that cannot be read, or that the model refuses, is left out. The JSON files appear when all is done.
+
+    Args:
+        inferencer: from :func:`build_inferencer`.
+        paths: from :func:`find_images`.
+        out: the folder; made if it is not there.
+        draw: write pictures to ``vis``. Default: True.
+        score_thr: least score of what a detector's picture shows; the JSON holds all. Default: 0.3.
+        numbering: ids. Default: images from 1, categories from 0.
+        force: replace an earlier run's files. Default: False.
+        progress: wraps the sequence of images, to show how far the run is.
+
+    Returns:
+        Summary: of the run.
+
+    Raises:
+        CheckpointError: the outputs exist, or are inputs.
+        LaunchError: ``out`` is no folder.
+    """
+    check_folder(out)
+    numbering = numbering or Numbering()
+    names = output_names(paths)
+    inputs = {osp.realpath(path) for path in paths}
+    vis = {path: osp.join(out, 'vis', f'{name}.jpg') for path, name in zip(paths, names)}
+    maps = {path: osp.join(out, 'maps', f'{name}.png') for path, name in zip(paths, names)}
+    for path in (*vis.values(), *maps.values()):
+        if osp.realpath(path) in inputs:
+            raise CheckpointError(f'the output {path} is one of the images, which are never changed: another folder is needed')
+    os.makedirs(out, exist_ok=True)
+    files = {name: osp.join(out, f'{name}.json') for name in ('images', 'predictions')}
+    for path in files.values():
+        check_output(path, '', force)
+
+    summary, images, predictions = Summary(), [], []
+    for index, path in enumerate(progress(paths)):
+        try:
+            image_id = numbering.image(path, index)
+            if any(image['id'] == image_id for image in images):
+                raise ValueError(f'has the id {image_id} of another image of the same name')
+            image = read_image(path)
+            results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
+        except (ValueError, RuntimeError, OSError, ArithmeticError, cv2.error) as error:  # this image's fault, or memory's
+            summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            continue
+        height, width = image.shape[:2]
+        images.append(dict(id=image_id, file_name=path, width=width, height=height))
+        predictions += [dict(result, image_id=image_id, category_id=numbering.category(result['category_id']))
+                        for result in results]
+        if picture is not None:
+            _write_image(vis[path], picture)
+        if labels is not None:
+            _write_image(maps[path], labels.astype(np.uint8 if len(inferencer.classes or ()) <= 256 else np.uint16))
+    classes = inferencer.classes or [str(label) for label in range(1 + max(
+        (result['category_id'] for result in predictions), default=-1))]
+    categories = [dict(id=numbering.category(label), name=name) for label, name in enumerate(classes)]
+    with ExitStack() as stack:  # both appear, or none
+        for name, contents in dict(images=dict(images=images, annotations=[], categories=categories),
+                                   predictions=predictions).items():
+            stack.enter_context(write_whole(files[name])).write(json.dumps(contents).encode())
+    summary.images, summary.results = len(images), len(predictions)
+    return summary
+
+
+def _write_image(path: str, pixels: np.ndarray) -> None:
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]) if pixels.ndim == 3 else pixels)
+    with write_whole(path) as file:
+        image.save(file, format='PNG' if path.endswith('.png') else 'JPEG', **({} if pixels.ndim == 2 else dict(quality=95)))

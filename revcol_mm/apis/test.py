@@ -1,0 +1,92 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""``tools/test.py``."""
+import argparse
+import os.path as osp
+from collections.abc import Sequence
+
+from mmengine.config import Config
+
+from .checks import check_checkpoint, check_data
+from .config import add_run_arguments, load_config
+from .errors import LaunchError, build_errors
+from .runner import build_runner, leave_process_group
+from .tta import set_tta
+
+
+def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of ``tools/test.py``: those of mmdet's."""
+    parser = argparse.ArgumentParser(description='Tests a detector, a segmentor or a classifier, and prints its metrics')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', help='file.pkl for the predictions; in segmentation also a folder for label maps')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument('--show-dir', help='folder for images with drawn predictions')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation: several scales and flips, merged')
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """``tools/test.py``.
+
+    Returns:
+        dict: the metrics.
+
+    Raises:
+        LaunchError: for what the user can remedy.
+        CheckpointError: the checkpoint cannot be read, or does not fit the model.
+    """
+    args = parse_test_args(argv)
+    cfg = load_config(args)
+    scope = cfg.get('default_scope')
+    missing = [key for key in ('test_dataloader', 'test_evaluator') if not cfg.get(key)]
+    if missing:
+        raise LaunchError(f'{args.config} has no {" and no ".join(missing)}, so there is nothing to test on')
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
+    check_checkpoint(args.checkpoint, 'the command line')
+    check_data(cfg, ('test', ))
+    if args.show or args.show_dir:
+        _set_visualization(cfg, args)
+    if args.tta:
+        set_tta(cfg)
+    dump = args.out is not None and args.out.endswith(('.pkl', '.pickle'))
+    if args.out is not None and not dump:
+        if scope != 'mmseg':
+            raise LaunchError(f'--out {args.out}: a file that ends in .pkl or .pickle')
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+        for evaluator in evaluators:
+            evaluator.update(output_dir=args.out, keep_results=True)
+    runner = build_runner(cfg, loads_whole_model=True)
+    if dump:
+        runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
+    with build_errors(cfg, runner):
+        metrics = runner.test()
+    del runner
+    leave_process_group()
+    return metrics
+
+
+def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
+    """Each package's visualization hook has its own words for the same."""
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise LaunchError(f'--show and --show-dir need a visualization hook in default_hooks, which {args.config} lacks')
+    hook.update(show=args.show, wait_time=args.wait_time)
+    if cfg.default_scope == 'mmpretrain':
+        hook.update(enable=True, out_dir=args.show_dir)
+        return
+    hook.draw = True
+    if args.show_dir and cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook.test_out_dir = osp.abspath(args.show_dir)  # a relative one would lie in the work folder
+
+
+def _build_dump(scope: str, path: str):
+    if scope == 'mmdet':
+        from mmdet.evaluation import DumpDetResults as Dump
+    else:
+        from mmengine.evaluator import DumpResults as Dump
+    return Dump(out_file_path=path)

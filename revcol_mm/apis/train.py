@@ -1,0 +1,73 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""``tools/train.py``."""
+import argparse
+from collections.abc import Sequence
+
+from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
+
+from .checks import check_checkpoint, check_data, check_pretrained
+from .config import add_run_arguments, load_config
+from .errors import LaunchError, build_errors
+from .runner import build_runner, leave_process_group
+
+
+def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Arguments of ``tools/train.py``: those of mmdet's."""
+    parser = argparse.ArgumentParser(description='Trains a detector, a segmentor or a classifier')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (float32 where there is no GPU)')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from this checkpoint, or, with "auto" or nothing, from the last one in the work folder')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
+    add_run_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """``tools/train.py``.
+
+    Raises:
+        LaunchError: for what the user can remedy.
+    """
+    args = parse_train_args(argv)
+    cfg = load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        _set_auto_scale_lr(cfg, args.config)
+    _set_resume(cfg, args.resume)
+    resume = cfg.get('resume', False)
+    start = cfg.get('load_from') or (find_latest_checkpoint(cfg.work_dir) if resume else None)
+    check_checkpoint(start, '--resume' if resume else 'load_from', resume)
+    check_data(cfg, ('train', 'val'))
+    check_pretrained(cfg, args.config)
+    runner = build_runner(cfg, loads_whole_model=bool(resume))
+    try:
+        with build_errors(cfg, runner):
+            runner.train()
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's
+            raise
+        raise LaunchError('a BatchNorm has met a single value per channel (in UPerNet behind its 1×1 pooling), so this model '
+                          'cannot train on one image at a time: raise train_dataloader.batch_size, or train on several GPUs '
+                          f'with norm_cfg.type=SyncBN ({error})') from error
+    del runner
+    leave_process_group()
+
+
+def _set_resume(cfg: Config, resume: str | None) -> None:
+    if resume == 'auto' and find_latest_checkpoint(cfg.work_dir) is None:
+        start = f'from the weights of {cfg.load_from}' if cfg.get('load_from') else 'from the beginning'
+        print(f'--resume auto: no checkpoint of this run in {cfg.work_dir}, so the training starts {start}')
+    elif resume is not None:
+        cfg.resume, cfg.load_from = True, None if resume == 'auto' else resume
+
+
+def _set_auto_scale_lr(cfg: Config, path: str) -> None:
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise LaunchError(f'--auto-scale-lr: {path} does not say for which batch size its learning rate is: add '
+                          'auto_scale_lr=dict(base_batch_size=…)')
+    cfg.auto_scale_lr.enable = True

@@ -1,0 +1,85 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Defaults of test-time augmentation."""
+import copy
+import importlib
+from collections.abc import Sequence
+
+from mmengine.config import Config, ConfigDict
+
+from .errors import LaunchError
+
+#: Scales of the default test-time augmentation, relative to the test pipeline's; the plain view comes first.
+TTA_SCALES = dict(mmdet=(1.0, 0.75, 1.25), mmseg=(1.0, 0.5, 0.75, 1.25, 1.5, 1.75), mmpretrain=(1.0, ))
+
+
+def set_tta(cfg: Config) -> None:
+    """Turns the model into one with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``, or our defaults.
+
+    The default views are the test pipeline at several scales, plain and flipped. Detections are merged by
+    :class:`revcol_mm.detection.InstanceTTAModel` (which stands in for mmdet's ``DetTTAModel`` too, since that one refuses
+    masks), segmentation maps and class scores by the means of mmseg and mmpretrain.
+
+    Raises:
+        LaunchError: if there is no default for this config.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in TTA_SCALES and not ('tta_model' in cfg and 'tta_pipeline' in cfg):
+        raise LaunchError(f'--tta: no default for default_scope={scope!r}: add tta_model and tta_pipeline to the config')
+    models = dict(mmdet=dict(type='InstanceTTAModel', tta_cfg=dict(nms=_detector_nms(cfg.model), max_per_img=100)),
+                  mmseg=dict(type='SegTTAModel'), mmpretrain=dict(type='HeadScoreTTA'))
+    model = ConfigDict(cfg.get('tta_model') or models[scope])
+    extras = dict(mmdet='revcol_mm.detection', mmpretrain='revcol_mm.classification')
+    if scope in extras:
+        importlib.import_module(extras[scope])
+    if scope == 'mmdet' and model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
+        model.type = 'InstanceTTAModel'
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'pipeline' not in dataset:
+        raise LaunchError(f'--tta: {dataset.get("type")} in test_dataloader has no pipeline to augment')
+    pipeline = cfg.get('tta_pipeline') or default_tta_pipeline(dataset.pipeline, TTA_SCALES[scope])
+    cfg.model = ConfigDict(model, module=cfg.model)
+    dataset.pipeline = pipeline
+
+
+def _detector_nms(model: dict) -> dict:
+    """The detector's own last NMS, which belongs to its scores; plain NMS at 0.5 for detectors without one."""
+    test_cfg = model.get('test_cfg') or {}
+    return (test_cfg.get('rcnn') or test_cfg).get('nms') or dict(type='nms', iou_threshold=0.5)
+
+
+def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> list[dict]:
+    """A test pipeline's views at several scales, plain and flipped.
+
+    Args:
+        pipeline: the test pipeline: loading, transforms, among them one that resizes, and packing at the end.
+        scales: factors of the size that it resizes to. A pipeline without resizing is only flipped.
+    """
+    def kind(step: dict) -> str:
+        return str(step['type']).rpartition('.')[2]
+
+    steps = copy.deepcopy(list(pipeline))
+    pack = steps.pop()
+    if kind(pack) == 'PackDetInputs':
+        keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        pack['meta_keys'] = tuple(dict.fromkeys([*keys, 'flip', 'flip_direction']))
+    # The annotations stay those of the image as it is: loaded behind the flip.
+    annotations = [step for step in steps if kind(step) == 'LoadAnnotations']
+    steps = [step for step in steps if kind(step) != 'LoadAnnotations']
+    at = next((index for index, step in enumerate(steps) if 'Resize' in kind(step) and step.get('scale') is not None),
+              None) if len(scales) > 1 else None
+    flips = [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)]
+    if kind(pack) != 'PackInputs':  # mmpretrain's flip has no such choice
+        flips = [dict(flip, direction='horizontal') for flip in flips]
+    if at is None:
+        views, before, after = [flips], steps, []
+    else:
+        before, resize, after = steps[:at], steps[at], steps[at + 1:]
+        views = [[dict(resize, scale=_scaled(resize['scale'], factor)) for factor in scales], flips]
+    views += [[step] for step in (*after, *annotations, pack)]
+    return [*before, dict(type='TestTimeAug', transforms=views)]
+
+
+def _scaled(scale, factor: float):
+    return int(scale * factor) if isinstance(scale, (int, float)) else tuple(int(side * factor) for side in scale)

@@ -1,0 +1,9 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""From one checkpoint file to another: finding the backbone in a file, importing, padding and publishing."""
+from .backbone import Backbone, find_backbone
+from .importing import ImportReport, export_official, import_checkpoint
+from .padding import PaddingReport, pad_checkpoint
+from .publishing import publish_checkpoint, strip_training_state
+
+__all__ = ['Backbone', 'ImportReport', 'PaddingReport', 'export_official', 'find_backbone', 'import_checkpoint',
+           'pad_checkpoint', 'publish_checkpoint', 'strip_training_state']

@@ -1,0 +1,93 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What a file's names and shapes say about the RevCol in it."""
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.kernels import KERNEL, kernel_size_of, kernels_of
+from ..checkpoint.loading import FOLDED
+from ..checkpoint.safe import CheckpointError, some
+from ..models import RevCol
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A complete RevCol found in a state dict.
+
+    Attributes:
+        prefix: what precedes its names: '', 'backbone.', 'module.backbone.' …
+        arch: name, or a dict for :class:`~revcol_mm.models.RevCol` where it is none of the named ones.
+        kernel_size: of the depthwise convolutions.
+        in_channels: of the image.
+        names: its own names, without the prefix.
+    """
+    prefix: str
+    arch: str | dict
+    kernel_size: int
+    in_channels: int
+    names: frozenset
+
+
+def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
+    """Size, kernel size and place of the RevCol in a state dict, checked against the names and shapes that such a RevCol has.
+
+    Raises:
+        CheckpointError: there is none, more than one, or an incomplete one, naming what is wrong.
+    """
+    kernels = kernels_of(weights)
+    kernel_size = kernel_size_of(kernels, filename)
+    prefixes = sorted({KERNEL.fullmatch(key)['prefix'] for key in kernels})
+    if len(prefixes) > 1:
+        raise CheckpointError(f'{filename} holds several RevCols, under {prefixes}')
+    prefix = prefixes[0]
+    if prefix + FOLDED in weights:
+        raise CheckpointError(f'{filename} holds a folded RevCol (switch_to_deploy), which is for inference only: take the '
+                              'checkpoint that it was made from')
+    own = {key[len(prefix):]: value for key, value in weights.items()
+           if re.match(r'(stem|subnet\d+)\.', key[len(prefix):]) and key.startswith(prefix)}
+    arch = _infer_arch(own, filename)
+    in_channels = own['stem.0.weight'].shape[1] if 'stem.0.weight' in own and own['stem.0.weight'].dim() == 4 else 3
+    try:
+        with torch.device('meta'):
+            expected = RevCol(arch, in_channels=in_channels, kernel_size=kernel_size).state_dict()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f'{filename} holds no RevCol that can be built (taken for {arch}, kernels of {kernel_size}×'
+                              f'{kernel_size}): {error}') from None
+    complaints = {'missing': [key for key in expected if key not in own],
+                  'out of place': [key for key in own if key not in expected],
+                  'of another shape': [key for key in own if key in expected and own[key].shape != expected[key].shape]}
+    if any(complaints.values()):
+        raise CheckpointError(
+            f'{filename} holds an incomplete or inconsistent RevCol (taken for {arch}): ' + '; '.join(
+                f'{len(keys)} weights {word}: {some(keys)}' for word, keys in complaints.items() if keys))
+    named = [name for name, known in RevCol.ARCHS.items() if dict(dict(deep_to_shallow=False), **known) == arch]
+    return Backbone(prefix, named[0] if named else arch, kernel_size, in_channels, frozenset(own))
+
+
+def _infer_arch(own: Mapping[str, Tensor], filename: str) -> dict:
+    columns, blocks, channels = set(), [set() for _ in range(4)], [0] * 4
+    for key, value in own.items():
+        column = re.match(r'subnet(\d+)\.', key)
+        block = re.match(r'subnet\d+\.level([0-3])\.blocks\.(\d+)\.', key)
+        columns.update(column.groups() if column else ())
+        if block:
+            blocks[int(block[1])].add(block[2])
+            if key.endswith('.dwconv.weight'):
+                channels[int(block[1])] = channels[int(block[1])] or value.shape[0]
+    absent = [level for level in range(4) if not channels[level]]
+    if absent:
+        raise CheckpointError(f'{filename} holds a part of a RevCol only: no blocks of the levels {absent}')
+    for what, numbers in (('columns', columns), *((f'blocks of level {level}', blocks[level]) for level in range(4))):
+        if numbers != {str(number) for number in range(len(numbers))}:
+            listed = some(sorted(numbers, key=lambda number: (len(number), number)), 20)
+            raise CheckpointError(f'{filename} holds an incomplete or inconsistent RevCol: its {what} have the numbers {listed}'
+                                  ', where 0, 1, … without gaps are expected')
+    depths = tuple(map(len, blocks))
+    if len(columns) * sum(depths) > len(own):  # or a small file could ask for a network of any size
+        raise CheckpointError(f'{filename} holds a part of a RevCol only: {len(own)} weights for {len(columns)} columns of '
+                              f'{depths} blocks')
+    return dict(channels=tuple(channels), depths=depths, num_columns=len(columns),
+                deep_to_shallow=any('.fusion.up2.' in key for key in own))

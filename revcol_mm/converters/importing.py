@@ -1,0 +1,191 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""From the files that the authors released to files that today's mmdet, mmseg and mmpretrain load strictly, and back."""
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor
+
+from ..checkpoint.loading import check_weights, find_meta, find_state_dict, strip_module
+from ..checkpoint.names import (
+    LAST_CLASSIFIER,
+    count_dtypes,
+    find_dataset_meta,
+    find_num_classes,
+    find_task,
+    official_names,
+    todays_names,
+)
+from ..checkpoint.safe import CheckpointError, some
+from .backbone import Backbone, find_backbone
+
+
+@dataclass
+class ImportReport:
+    """What :func:`import_checkpoint` found and did.
+
+    Attributes:
+        task: 'classification', 'detection', 'segmentation', 'backbone' (no heads) or 'other'.
+        backbone: its size, kernel size, and its place in the new names.
+        num_classes: None for a bare backbone, or heads that do not tell.
+        supervised: whether the file holds the heads of intermediate supervision.
+        dtypes: number of weights of every dtype.
+        renamed: {old name: new name} where they differ.
+        dropped: names of weights that the new file does not hold.
+        others: what else of the file it does not hold: optimizer, averaged weights, …
+        missing: names of the config's model that the file does not hold (buffers that count batches).
+    """
+    task: str
+    backbone: Backbone
+    num_classes: int | None
+    supervised: bool
+    dtypes: dict[str, int]
+    kept: int = 0
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        arch = self.backbone.arch if isinstance(self.backbone.arch, str) else (
+            'custom, ' + ', '.join(f'{key}={value}' for key, value in self.backbone.arch.items()))
+        return '\n'.join((
+            f'task:        {self.task}' + (', with intermediate supervision' if self.supervised else ''),
+            f'size:        {arch}',
+            f'kernel size: {self.backbone.kernel_size}',
+            f'classes:     {self.num_classes or "unknown"}',
+            f'weights:     {self.kept} ({", ".join(f"{count} {name}" for name, count in self.dtypes.items())})',
+            f'mapped:      {len(self.renamed)} new names' + (f' (such as {_arrows(self.renamed)})' if self.renamed else ''),
+            f'dropped:     {"; ".join([f"{len(self.dropped)}{_by_part(self.dropped)}", *self.others])}',
+            f'missing:     {len(self.missing)}{_by_part(self.missing)}'))
+
+
+def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: bool = False,
+                      filename: str = 'the checkpoint') -> tuple[dict[str, Any], ImportReport]:
+    """Turns a released file into ``{'state_dict': …, 'meta': …}`` with today's names.
+
+    ImageNet classifiers (1K, 22K, fine-tuned, Huge) become mmpretrain's, ``backbone.…`` and ``head.…``; Cascade Mask R-CNN of
+    mmdet 2 and UPerNet of mmseg 0.x keep their names. Weights and their dtypes stay as they are. Classes and palette go where
+    today's inferencers look. A classifier with intermediate supervision fits a config with a single classifier, too: its last
+    classifier is taken then, which is the one that predicts.
+
+    Args:
+        checkpoint: from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
+        config: of the model that will load the file: names and shapes are checked against it. Default: None, only the
+            backbone is checked.
+        ema: take the averaged weights of the authors' training checkpoints, ``state_dict_ema``. Default: False.
+        filename: for messages.
+
+    Raises:
+        CheckpointError: no RevCol, an incomplete one, unusable weights (see
+            :func:`~revcol_mm.checkpoint.loading.check_weights`), names of no known kind, a 'meta' of no known form, or a config
+            without a model that can be built, or whose model does not fit.
+    """
+    meta = find_dataset_meta(checkpoint, filename)
+    if ema:
+        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get('state_dict_ema'), Mapping):
+            raise CheckpointError(f"{filename} holds no averaged weights ('state_dict_ema')")
+        weights, wrapping = find_state_dict(checkpoint['state_dict_ema'], filename)[0], 'state_dict_ema'
+    else:
+        weights, wrapping = find_state_dict(checkpoint, filename)
+    plain = strip_module(weights)
+    find_backbone(plain, filename)
+    check_weights(plain, filename)
+    names = todays_names(plain, filename)
+    dropped = [old for old, new in names.items() if new is None]
+    converted = OrderedDict((new, plain[old]) for old, new in names.items() if new is not None)
+    missing = []
+    if config is not None:
+        expected = model_shapes(config)
+        if LAST_CLASSIFIER + 'classifier.1.weight' in converted and 'head.cls.classifier.1.weight' in expected:
+            single = OrderedDict((key.replace(LAST_CLASSIFIER, 'head.cls.'), value) for key, value in converted.items()
+                                 if key.startswith(('backbone.', LAST_CLASSIFIER)))
+            names = {old: new and new.replace(LAST_CLASSIFIER, 'head.cls.') for old, new in names.items()}
+            dropped += [old for old, new in names.items() if new is not None and new not in single]
+            converted = single
+        missing = _compare(converted, expected, filename, config)
+
+    backbone = find_backbone(converted, filename)
+    others = [key for key in checkpoint if key not in (wrapping, 'meta')] if wrapping else [
+        key for key in checkpoint if key not in weights]
+    report = ImportReport(
+        find_task(converted), backbone, find_num_classes(converted),
+        any(key.startswith('head.cls_blocks.') for key in converted), count_dtypes(converted), len(converted),
+        {old: names[old] for old in names if names[old] in converted and old != names[old]}, dropped,
+        [f'{key} (averaged weights: --ema takes them)' if key == 'state_dict_ema' else str(key) for key in others], missing)
+    origin = dict(wrapping=wrapping, module=list(plain) != list(weights), dropped=bool(dropped), task=report.task)
+    return dict(meta=dict(revcol_mm=origin, **meta), state_dict=converted), report
+
+
+def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoint') -> dict[str, Any]:
+    """Back to the authors' names and wrapping: the exact inverse of :func:`import_checkpoint` for the weights.
+
+    Also for classifiers trained here: ``{'model': …}`` with the names of the authors' classification code.
+
+    Raises:
+        CheckpointError: no RevCol, an incomplete one, unusable weights, a 'meta' of no known form, or names that are the
+            authors' already.
+    """
+    weights = strip_module(find_state_dict(checkpoint, filename)[0])
+    find_backbone(weights, filename)
+    check_weights(weights, filename)
+    if not any(key.startswith('backbone.') for key in weights):
+        raise CheckpointError(f"{filename} holds nothing under 'backbone.': its names are the authors' already, or of no known "
+                              f'kind ({some(weights)})')
+    origin = find_meta(checkpoint, filename).get('revcol_mm') or {}
+    if not isinstance(origin, Mapping) or not isinstance(origin.get('wrapping'), (str, type(None))):
+        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' is not what an import writes: {origin!r:.100}")
+    names = official_names(weights, filename)
+    wrapping = origin.get('wrapping', 'model' if find_task(weights) in ('classification', 'backbone') else 'state_dict')
+    module = 'module.' if origin.get('module') is True else ''
+    official = OrderedDict((module + names[key], value) for key, value in weights.items())
+    return {wrapping: official} if wrapping else official
+
+
+def model_shapes(config: str | Config) -> dict[str, torch.Size]:
+    """Names and shapes of the weights of a config's model, built on the meta device.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot be built.
+    """
+    config = Config.fromfile(config) if isinstance(config, str) else config
+    if config.get('model') is None:
+        raise CheckpointError(f"{_name(config)} is no config of a model: there is no 'model' in it")
+    try:
+        with DefaultScope.overwrite_default_scope(config.get('default_scope')), torch.device('meta'):
+            return {key: value.shape for key, value in MODELS.build(config.model).state_dict().items()}
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        reason = (str(error).strip('"') or 'no reason given').splitlines()[0]
+        raise CheckpointError(f'the model of {_name(config)} cannot be built: {type(error).__name__}: {reason}') from error
+
+
+def _name(config: str | Config) -> str:
+    return config if isinstance(config, str) else config.filename or 'the config'
+
+
+def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], filename: str, config: Any) -> list[str]:
+    """Refuses what strict loading would refuse. Returns the missing counters of batches, which it does not need."""
+    counters = [key for key in expected if key not in weights and key.endswith('num_batches_tracked')]
+    missing = [key for key in expected if key not in weights and key not in counters]
+    surplus = [key for key in weights if key not in expected]
+    shapes = [f'{key} {tuple(weights[key].shape)} instead of {tuple(shape)}' for key, shape in expected.items()
+              if key in weights and weights[key].shape != shape]
+    if missing or surplus or shapes:
+        raise CheckpointError(f'{filename} does not fit {_name(config)}: ' + '; '.join(
+            f'{len(names)} {word}: {some(names)}' for names, word in (
+                (missing, 'missing in the file'), (surplus, 'unknown to the config'), (shapes, 'of another shape')) if names))
+    return counters
+
+
+def _arrows(renamed: Mapping[str, str]) -> str:
+    return some((f'{old} → {new}' for old, new in renamed.items()), 2)
+
+
+def _by_part(names: list[str]) -> str:
+    counts = Counter(name.split('.')[0] for name in names)
+    return f' ({some((f"{count} of {part}" for part, count in counts.items()), 8)})' if names else ''

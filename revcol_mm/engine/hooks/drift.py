@@ -1,0 +1,42 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Training hooks."""
+import math
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ReversibleDriftHook(Hook):
+    """Writes the drift of reversible training into the log.
+
+    After a training iteration, the largest ``drift`` of all modules that train with ``reversible=True`` stands under
+    ``train/drift`` in the message hub, and from there in the log, the JSON file and TensorBoard. It is how far the features
+    that the backward pass rebuilt were from those of the forward pass, relative to the largest feature
+    (see :mod:`revcol_mm.models.reversible`); 1e-6 is usual in float32. Nothing is written while no backward pass has
+    measured one.
+
+    Args:
+        interval (int): iterations between two entries. Default: 1.
+
+    Raises:
+        ValueError: if ``interval`` is not a positive integer.
+    """
+
+    priority = 'NORMAL'  # before LoggerHook, which reads the message hub
+
+    def __init__(self, interval: int = 1) -> None:
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval={interval!r}: a positive number of iterations')
+        self.interval = interval
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        drifts = [module.drift for module in model.modules()
+                  if getattr(module, 'reversible', False) and isinstance(getattr(module, 'drift', None), float)]
+        drifts = [drift for drift in drifts if not math.isnan(drift)]
+        if drifts:
+            runner.message_hub.update_scalar('train/drift', max(drifts))

@@ -1,0 +1,81 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Sharded training of models that are too large for one GPU: mmengine's FSDP strategy, with what networks of columns need."""
+from logging import WARNING
+from typing import Any
+
+import torch
+from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import STRATEGIES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType
+
+from ...reversible import ReversibleColumn
+
+
+def column_network_wrap_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """FSDP's ``auto_wrap_policy``: every column is a unit, and all the rest of the model another.
+
+    A unit's parameters are gathered while it runs, in the forward pass and in the backward pass, so a process holds those of
+    one or two columns at a time.
+    """
+    return recurse or isinstance(module, ReversibleColumn)
+
+
+@STRATEGIES.register_module()
+class RevColFSDPStrategy(FSDPStrategy):
+    """Parameters, gradients and optimizer states sharded over the processes, also over CPU processes.
+
+    Example::
+
+        tools/dist_train.sh CONFIG 8 --cfg-options runner_type=FlexibleRunner strategy.type=RevColFSDPStrategy
+
+    Differences to mmengine's: every column is a unit of its own; gradients are clipped by the norm of the whole model's, not
+    of each process's shards; a checkpoint is one file that every other tool reads, and a run can be resumed from it with
+    today's torch; weights of another shape are left out, with a line in the log, as without sharding; and there need not be
+    a GPU.
+
+    Args:
+        model_wrapper (dict, optional): arguments of ``MMFullyShardedDataParallel``: ``mixed_precision``, ``cpu_offload``, …
+            Default: ``auto_wrap_policy=column_network_wrap_policy``.
+        state_dict_cfg (str | dict): 'full' (one file), 'local' (a folder with one file a process), or mmengine's dict.
+            Default: 'full'.
+        **kwargs: those of mmengine's ``FSDPStrategy``.
+    """
+
+    def __init__(self, *, model_wrapper: dict | None = None, state_dict_cfg: str | dict = 'full', **kwargs) -> None:
+        model_wrapper = dict(model_wrapper or {})
+        model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')
+        model_wrapper.setdefault('auto_wrap_policy', column_network_wrap_policy)
+        if get_device() == 'cpu':
+            model_wrapper['device_id'] = 'cpu'
+            if state_dict_cfg == 'full':  # mmengine's asks torch to move the tensors to the CPU, where they are: it crashes
+                state_dict_cfg = dict(
+                    state_dict_type='FULL_STATE_DICT', state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
+                    optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True))
+        super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        self.shapes = {key: value.shape for key, value in model.state_dict().items()}
+        return super()._wrap_model(model)
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        optim_wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        if getattr(optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
+            optim_wrapper.clip_func = lambda parameters, **kwargs: self.model.clip_grad_norm_(**kwargs)
+        return optim_wrapper
+
+    def load_model_state_dict(self, state_dict: dict, *, strict: bool = False, **kwargs) -> None:
+        if not strict and self.state_dict_type == StateDictType.FULL_STATE_DICT:
+            different = [key for key, value in state_dict.items() if value.shape != self.shapes.get(key, value.shape)]
+            if different:
+                print_log(f'left out, since the model has other shapes: {", ".join(different)}', 'current', WARNING)
+            state_dict = {key: value for key, value in state_dict.items() if key not in different}
+        super().load_model_state_dict(state_dict, strict=strict, **kwargs)
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        # mmengine passes these by position, in an order that torch has changed.
+        self.optim_wrapper.load_state_dict(FSDP.optim_state_dict_to_load(
+            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict))

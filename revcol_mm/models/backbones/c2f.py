@@ -1,0 +1,145 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""RevCol with columns of C2f blocks, the cross-stage block of YOLOv8: batch-normalised convolutions instead of ConvNeXt."""
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmengine.registry import MODELS
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from .base import Column, ColumnStack
+
+
+class Bottleneck(nn.Module):
+    """Two 3×3 convolutions with a shortcut."""
+
+    def __init__(self, channels: int, **conv) -> None:
+        super().__init__()
+        self.conv1 = ConvModule(channels, channels, 3, padding=1, **conv)
+        self.conv2 = ConvModule(channels, channels, 3, padding=1, **conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+
+class C2fBlock(nn.Module):
+    """C2f: a 1×1 convolution splits into two halves, bottlenecks work on the second in turn, and a 1×1 joins all of them.
+
+    Args:
+        channels: C, in and out; even.
+        num_bottlenecks: bottlenecks, of C/2 channels. Default: 1.
+        conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
+    """
+
+    def __init__(self, channels: int, num_bottlenecks: int = 1, **conv) -> None:
+        super().__init__()
+        self.split = ConvModule(channels, channels, 1, **conv)
+        self.bottlenecks = nn.Sequential(*(Bottleneck(channels // 2, **conv) for _ in range(num_bottlenecks)))
+        self.join = ConvModule(channels // 2 * (2 + num_bottlenecks), channels, 1, **conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.split(x).chunk(2, dim=1))
+        for bottleneck in self.bottlenecks:
+            parts.append(bottleneck(parts[-1]))
+        return self.join(torch.cat(parts, dim=1))
+
+
+class ConvFusion(nn.Module):
+    """Sum of the downward path (2×2 convolution, stride 2) and the upward path (1×1 convolution, nearest interpolation).
+
+    Args:
+        channels: C0 … C3.
+        level: l; at level 0 the downward path is the identity on x.
+        sources: levels of the column before: none or one.
+        conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
+    """
+
+    def __init__(self, channels: Sequence[int], level: int, sources: Sequence[int], **conv) -> None:
+        super().__init__()
+        self.down = ConvModule(channels[level - 1], channels[level], 2, stride=2, **conv) if level else nn.Identity()
+        if sources:
+            self.up = ConvModule(channels[sources[0]], channels[level], 1, **conv)
+
+    def forward(self, below: Tensor, *above: Tensor) -> Tensor:
+        x = self.down(below)
+        return x + F.interpolate(self.up(*above), size=x.shape[-2:], mode='nearest') if above else x
+
+
+@MODELS.register_module()
+class RevColC2f(ColumnStack):
+    """RevCol with columns of C2f blocks (a community variant, for YOLO-like detectors).
+
+    Input (N, in_channels, H, W) with H, W ≥ 32; output a tuple of the last column's features, contiguous, at strides 4, 8, 16
+    and 32. A level is a fusion and ``depths[l]`` C2f blocks of one bottleneck each.
+
+    BatchNorm's batch statistics make F a function of the whole batch; the backward pass recomputes them from the same batch,
+    and its update of the running statistics is thrown away, so that each forward pass counts once, as without ``reversible``.
+
+    Args:
+        arch (str | dict): 'nano', or a dict with ``channels`` (4 even widths), ``depths`` (C2f blocks per level) and
+            ``num_columns``. Default: 'nano': (32, 64, 96, 128), (2, 3, 6, 3), 5 columns.
+        in_channels (int): Default: 3.
+        out_indices (Sequence[int]): levels to return. Default: (0, 1, 2, 3).
+        norm_cfg (dict): Default: BatchNorm with YOLO's momentum 0.03 and eps 1e-3.
+        act_cfg (dict): Default: SiLU.
+        norm_eval (bool): keep BatchNorm in eval mode, its running statistics as they are. Default: False.
+        frozen_stages, reversible, drift_threshold, on_drift, with_cp, init_cfg: as in :class:`~revcol_mm.models.RevCol`; with
+            ``with_cp``, running statistics are updated twice a step, by :mod:`torch.utils.checkpoint`.
+
+    Raises:
+        TypeError, ValueError: for arguments outside of the above, naming the argument and the value.
+    """
+
+    ARCHS = {'nano': dict(channels=(32, 64, 96, 128), depths=(2, 3, 6, 3), num_columns=5)}
+    ALIASES = dict(n='nano')
+
+    def __init__(self,
+                 arch: str | dict = 'nano',
+                 in_channels: int = 3,
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 norm_cfg: dict = dict(type='BN', momentum=0.03, eps=0.001),
+                 act_cfg: dict = dict(type='SiLU', inplace=False),
+                 norm_eval: bool = False,
+                 frozen_stages: int = -1,
+                 reversible: bool = False,
+                 drift_threshold: float | None = None,
+                 on_drift: str = 'raise',
+                 with_cp: bool = False,
+                 init_cfg: dict | None = None) -> None:
+        arch = self.read_arch(arch)
+        super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
+                         with_cp, init_cfg)
+        self.channels, self.in_channels, self.norm_eval = arch['channels'], in_channels, norm_eval
+        if any(width % 2 for width in self.channels):
+            raise ValueError(f"arch['channels']={self.channels!r}: even numbers, since C2f splits them in halves")
+        conv = dict(norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
+        self.stem = ConvModule(in_channels, self.channels[0], 4, stride=4, **conv)
+        self.add_columns(lambda first: Column(
+            self.depths, [(1, width, 1, 1) for width in self.channels], first=first,
+            fusion=lambda level, sources: ConvFusion(self.channels, level, sources, **conv),
+            block=lambda level, index: C2fBlock(self.channels[level], **conv)))
+        self.freeze_stages()
+
+    def train(self, mode: bool = True) -> 'RevColC2f':
+        super().train(mode)
+        if self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of the last column.
+
+        Args:
+            x: images, (N, in_channels, H, W), H and W ≥ 32.
+
+        Returns:
+            tuple[Tensor]: for each l in ``out_indices``, (N, C[l], H/4/2^l, W/4/2^l) rounded down, contiguous.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < 32:
+            raise ValueError(f'input of shape {tuple(x.shape)}: RevColC2f takes (N, {self.in_channels}, H, W) with H and W of '
+                             'at least 32 pixels')
+        return self.run_columns(self.stem(x))

@@ -1,0 +1,2 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Heads; need mmpretrain, see :mod:`revcol_mm.classification`."""

@@ -1,0 +1,73 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Layers that the backbones, heads and necks share."""
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W): the fused kernel, without a copy when the input is channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels-last in memory
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise k×k convolution, LayerNorm, Linear C→4C, GELU, Linear 4C→C, LayerScale, DropPath, residual.
+
+    Args:
+        channels: C.
+        kernel_size: k, odd.
+        drop_path_rate: probability of dropping the branch.
+        layer_scale_init_value: initial value of LayerScale, the parameter ``gamma``.
+        expansion: hidden channels of the two Linear layers, in units of C. Default: 4.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, drop_path_rate: float = 0.,
+                 layer_scale_init_value: float = 1e-6, expansion: int = 4) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, expansion * channels)
+        self.pwconv2 = nn.Linear(expansion * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels, ), float(layer_scale_init_value)))
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        branch = self.pwconv2(F.gelu(self.pwconv1(self.norm(branch))))
+        if self.gamma is not None:
+            branch = self.gamma * branch
+        return x + self.drop_path(branch.permute(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)
+
+    def fold(self) -> None:
+        """LayerScale goes into the Linear before it, the norm's weight and bias into the one behind it; DropPath goes."""
+        _fold_layer_scale(self.pwconv2, self.gamma)
+        _fold_affine(self.norm, self.pwconv1)
+        self.gamma, self.drop_path = None, nn.Identity()
+
+
+@torch.no_grad()
+def _fold_layer_scale(linear: nn.Linear, gamma: Tensor) -> None:
+    """γ ∘ (W·h + b) = (diag(γ)·W)·h + γ ∘ b, rounded once."""
+    gamma = gamma.double()
+    linear.weight.copy_(gamma[:, None] * linear.weight.double())
+    linear.bias.copy_(gamma * linear.bias.double())
+
+
+@torch.no_grad()
+def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    """W·(w ∘ n + c) + b = (W·diag(w))·n + (W·c + b), rounded once: the norm in front of a Linear loses its weight and bias."""
+    weight = linear.weight.double()
+    linear.bias.copy_(linear.bias.double() + weight @ norm.bias.double())
+    linear.weight.copy_(weight * norm.weight.double())
+    norm.elementwise_affine, norm.weight, norm.bias = False, None, None
+
+
+def init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,126 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The multi-level reversible unit (RevCol, arXiv 2212.11696, sections 2.1 and 2.2.1), and the column that is made of it.
+
+A column turns the features p of the column before it into its own features y, level by level::
+
+    forward:  y[l] = F[l](y[l-1], p[j] for j in above[l]) + γ[l]·p[l]        l = 0 … L-1,   y[-1] = x, the stem's output
+    inverse:  p[l] = (y[l] − F[l](y[l-1], p[j] for j in above[l])) / γ[l]    l = L-1 … 0,   every j in above[l] is > l
+
+This is equation 3 where a level reads one level of the column before it, and equation 2 where level 0 of RevCol-H reads two.
+The first three functions are the two lines above as code. Training with and without stored activations and inference call them.
+"""
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .parameters import find_parameters
+
+#: Smallest |γ|. With a smaller one the inverse of a column would amplify rounding errors without bound.
+MIN_GAMMA = 1e-3
+
+
+def level_inputs(level: int, above: Sequence[int], x: Tensor, y: Sequence[Tensor], p: Sequence[Tensor] | None) -> list[Tensor]:
+    """What F[l] reads, in the forward pass and in the inverse: y[l-1] (x at level 0), and p[j] for j in above[l]."""
+    return [y[level - 1] if level else x, *(p[j] for j in above)]
+
+
+def couple(f: Tensor, gamma: Tensor, p: Tensor) -> Tensor:
+    """Forward: y[l] = F[l](…) + γ[l]·p[l]."""
+    return torch.addcmul(f, gamma, p)
+
+
+def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
+    """Inverse: p[l] = (y[l] − F[l](…)) / γ[l]."""
+    return (y - f).div_(gamma)
+
+
+def keep_invertible(gamma: Tensor) -> Tensor:
+    """γ with |γ| raised to at least :data:`MIN_GAMMA`, its sign kept; a γ of exactly 0 becomes +MIN_GAMMA.
+
+    The parameter itself is never changed, so that training, evaluation, EMA copies and sharded parameters all see the same
+    value. The gradient passes straight through, so that a γ below the bound can grow again.
+    """
+    value = gamma.detach()
+    bound = torch.where(value < 0, -MIN_GAMMA, MIN_GAMMA).to(value.dtype)
+    value = torch.where(value.abs() < MIN_GAMMA, bound, value)
+    return value + (gamma - gamma.detach()) if torch.is_grad_enabled() and gamma.requires_grad else value
+
+
+def run_levels(column: nn.Module, gammas: Iterable[Tensor | None], x: Tensor, p: Sequence[Tensor] | None,
+               context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
+    """The forward equation in one precision, for plain autograd and for inference: y[0 … L-1] from x, p and γ."""
+    y: list[Tensor] = []
+    for index, (level, gamma) in enumerate(zip(column.levels, gammas)):
+        f = level(*level_inputs(index, column.above[index], x, y, p), **(context or {}))
+        y.append(f if column.first else couple(f, gamma, p[index]))
+    return tuple(y)
+
+
+class ReversibleColumn(nn.Module):
+    """A column: L levels F[l], the γ[l] of their shortcuts, and which levels of the column before each F[l] reads.
+
+    Any module can be a level: ``F[l](below, *above, **context)`` gets y[l-1] (the stem's output for l = 0), the features that
+    ``above[l]`` names, and what the call hands to every level (an attention mask, for example), and returns a tensor of the
+    shape of p[l]. Submodules and parameters have the names of the released checkpoints: ``level{l}``, and ``alpha{l}`` for
+    γ[l].
+
+    Args:
+        levels (Sequence[nn.Module]): the L modules F[l].
+        gamma_shapes (Sequence[Sequence[int]]): shape of each γ[l], broadcastable to the features of level l.
+        above (Sequence[Sequence[int]]): for each level, the levels of the column before that it reads; each must be > l. It is
+            ignored in the first column.
+        first (bool): whether this is the first column, which has no column before it: no upward path and no shortcut. Its γ
+            stand in the released files and have no effect; they are parameters without gradient. Default: False.
+        gamma_init (float): initial value of γ. Default: 0.5.
+
+    Raises:
+        ValueError: if a level reads a level that is not higher than itself.
+    """
+
+    def __init__(self, levels: Sequence[nn.Module], gamma_shapes: Sequence[Sequence[int]],
+                 above: Sequence[Sequence[int]], first: bool = False, gamma_init: float = 0.5) -> None:
+        super().__init__()
+        for level, sources in enumerate(above):
+            if any(j <= level for j in sources):
+                raise ValueError(f'above[{level}] must hold levels higher than {level} only, or the column cannot be inverted, '
+                                 f'but got {sources}')
+        self.first = first
+        self.num_levels = len(levels)
+        self.gamma_shapes = tuple(map(tuple, gamma_shapes))
+        self.above = tuple(() if first else tuple(sources) for sources in above)
+        for index, shape in enumerate(gamma_shapes):
+            gamma = torch.full(shape, float(gamma_init))
+            self.register_parameter(f'alpha{index}', nn.Parameter(gamma, requires_grad=not first))
+        for index, level in enumerate(levels):
+            self.add_module(f'level{index}', level)
+        self._level_names = [tuple(name for name, _ in level.named_parameters()) for level in levels]
+
+    @property
+    def levels(self) -> list[nn.Module]:
+        return [self._modules[f'level{index}'] for index in range(self.num_levels)]
+
+    @property
+    def gammas(self) -> list[Tensor]:
+        return [getattr(self, f'alpha{index}') for index in range(self.num_levels)]
+
+    def forward(self, x: Tensor, p: Sequence[Tensor] | None, call: Any = None,
+                context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
+        """Features of this column, one per level.
+
+        Args:
+            x (Tensor): the stem's output.
+            p (Sequence[Tensor] | None): features of the column before; None in the first column.
+            call (ReversibleCall | None): the reversible pass that this call belongs to, which carries a context of its own
+                (see :func:`~revcol_mm.reversible.run_reversibly`). Default: None, plain autograd.
+            context (Mapping | None): keyword arguments of every level. Default: None.
+        """
+        if call is not None:
+            return call.run_column(self, x, p)
+        gammas = [None] * self.num_levels if self.first else map(keep_invertible, self.gammas)
+        return run_levels(self, gammas, x, p, context)
+
+    def level_parameters(self, index: int) -> dict[str, Tensor]:
+        """Name and tensor of every parameter that F[index] uses; see :func:`~.parameters.find_parameters`."""
+        return find_parameters(self._modules[f'level{index}'], self._level_names[index], f'level{index}')

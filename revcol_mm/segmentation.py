@@ -1,0 +1,5 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Everything that needs mmsegmentation; a config names this module in ``custom_imports``."""
+from .evaluation.foreground_iou import ForegroundIoUMetric
+
+__all__ = ['ForegroundIoUMetric']

@@ -1,2 +1,0 @@
-# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""What needs mmsegmentation."""

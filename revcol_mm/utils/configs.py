@@ -1,0 +1,56 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Where the configs are, wherever the package was installed from.
+
+mmengine resolves ``pkg::path`` for a fixed list of packages only, and wants a slash in ``path``. A plain path has neither
+limit: :func:`config_path` replaces ``revcol_mm::``.
+"""
+from pathlib import Path
+
+from mmengine.config import Config
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def config_folder() -> Path:
+    """Returns the folder with the configs: inside the installed package, or in the checkout it is imported from."""
+    installed = _PACKAGE / '.mim' / 'configs'
+    return installed if installed.is_dir() else _PACKAGE.parent / 'configs'
+
+
+def config_path(name: str) -> str:
+    """Returns the path of one of the package's configs.
+
+    A config of one's own inherits from it, in every tool, without importing anything first::
+
+        _base_ = __import__('revcol_mm').config_path('cascade_rcnn_revcol_b')
+
+    Args:
+        name (str): Path below ``configs``, with or without ``.py``, such as ``'cascade_rcnn_revcol_b'``.
+
+    Returns:
+        str: The absolute path.
+
+    Raises:
+        FileNotFoundError: If there is no such config; the message lists those there are.
+    """
+    folder = config_folder()
+    path = folder / (name if name.endswith('.py') else f'{name}.py')
+    if not path.is_file():
+        there = sorted(file.relative_to(folder).with_suffix('').as_posix() for file in folder.rglob('*.py'))
+        raise FileNotFoundError(f'revcol_mm has no config {name!r}; it has: {", ".join(there)}')
+    return str(path)
+
+
+def get_config(name: str) -> Config:
+    """Reads one of the package's configs.
+
+    Args:
+        name (str): As in :func:`config_path`.
+
+    Returns:
+        Config: The config, its bases resolved.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+    """
+    return Config.fromfile(config_path(name))
