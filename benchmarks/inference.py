@@ -16,9 +16,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Callable
 
 import torch
 from rich.progress import track

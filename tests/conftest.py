@@ -1,8 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import os
 import os.path as osp
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from mmengine.config import Config

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import warnings
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 from mmengine.config import Config

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
+from typing import Iterator
 
 from mmengine.config import Config
 from mmengine.hooks import Hook

@@ -10,10 +10,9 @@ import json
 import os
 import os.path as osp
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable, Iterator, Sequence
 
 import cv2
 import mmcv

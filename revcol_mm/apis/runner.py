@@ -2,7 +2,7 @@
 """The runner of a run, and the end of its processes."""
 import gc
 import os.path as osp
-from collections.abc import Mapping
+from typing import Mapping
 
 import torch
 from mmengine.config import Config

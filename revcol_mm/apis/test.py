@@ -2,7 +2,7 @@
 """``tools/test.py``."""
 import argparse
 import os.path as osp
-from collections.abc import Sequence
+from typing import Sequence
 
 from mmengine.config import Config
 

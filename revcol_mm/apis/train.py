@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """``tools/train.py``."""
 import argparse
-from collections.abc import Sequence
+from typing import Sequence
 
 from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint

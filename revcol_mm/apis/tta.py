@@ -2,7 +2,7 @@
 """Defaults of test-time augmentation."""
 import copy
 import importlib
-from collections.abc import Sequence
+from typing import Sequence
 
 from mmengine.config import Config, ConfigDict
 

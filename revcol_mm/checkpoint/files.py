@@ -2,9 +2,8 @@
 """Writing checkpoints: whole or not at all, and the same bytes for the same contents."""
 import os
 import secrets
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, Iterator
 
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 """The depthwise kernels of RevCol's blocks, and how one becomes larger (appendix D.3.1)."""
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from typing import Mapping
 
 import torch
 from torch import Tensor, nn

@@ -2,8 +2,7 @@
 """Weights for a backbone out of any of the files that hold one."""
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Iterable, Mapping
 
 import torch
 from mmengine.logging import print_log

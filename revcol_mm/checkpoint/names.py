@@ -1,8 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Names of weights in the authors' files and in today's models, and what the names tell. Dictionaries only, no models."""
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Mapping
 
 from torch import Tensor
 

@@ -11,9 +11,8 @@ import struct
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, Iterable
 from urllib.error import URLError
 from urllib.parse import urlparse
 

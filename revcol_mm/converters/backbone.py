@@ -1,8 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What a file's names and shapes say about the RevCol in it."""
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Mapping
 
 import torch
 from torch import Tensor

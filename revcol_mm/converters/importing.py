@@ -1,9 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """From the files that the authors released to files that today's mmdet, mmseg and mmpretrain load strictly, and back."""
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from mmengine.config import Config

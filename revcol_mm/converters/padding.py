@@ -1,9 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Kernel padding (appendix D.3.1): a pre-trained k×k depthwise kernel becomes the centre of a larger one."""
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from torch import Tensor, nn

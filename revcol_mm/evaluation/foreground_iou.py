@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Needs mmsegmentation; a config names it in ``custom_imports``."""
-from collections.abc import Sequence
+from typing import Sequence
 
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS

@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Accuracy of each of the heads on the columns."""
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 from mmengine.evaluator import BaseMetric

@@ -21,10 +21,9 @@ of them. Two things are not checked: a backward pass that ends before any of the
 late columns only), and an error of the recomputed F that is smaller than the threshold.
 """
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor

@@ -9,8 +9,7 @@ A column turns the features p of the column before it into its own features y, l
 This is equation 3 where a level reads one level of the column before it, and equation 2 where level 0 of RevCol-H reads two.
 The first three functions are the two lines above as code. Training with and without stored activations and inference call them.
 """
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn

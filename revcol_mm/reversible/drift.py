@@ -2,7 +2,7 @@
 """The check of every reversible backward pass: the rebuilt features must be those of the forward pass."""
 import math
 import warnings
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The parameters of a module, wherever FullyShardedDataParallel and torch.compile have put them."""
-from collections.abc import Sequence
+from typing import Sequence
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

@@ -5,7 +5,7 @@ import os
 import os.path as osp
 import tempfile
 import warnings
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 

@@ -9,10 +9,10 @@ Two-stage detectors are counted as in those tables: every stage's box head sees 
 RoIAlign itself is free. Auxiliary heads are no part of a prediction: they have parameters and no FLOPs.
 """
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Callable, Iterator, Sequence
 
 import torch
 from mmengine.config import Config

@@ -6,8 +6,7 @@ Its own part is two choices, both made where it builds its :class:`Column`: the 
 features of the column before become one input), and the *blocks* behind it.
 """
 import collections.abc
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from mmengine.model import BaseModule

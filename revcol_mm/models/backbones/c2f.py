@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """RevCol with columns of C2f blocks, the cross-stage block of YOLOv8: batch-normalised convolutions instead of ConvNeXt."""
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F

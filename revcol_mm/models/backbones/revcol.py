@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """RevCol: reversible columns of ConvNeXt blocks (ICLR 2023, https://arxiv.org/abs/2212.11696, sections 3 and 3.5)."""
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F

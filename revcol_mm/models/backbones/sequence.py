@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """RevCol as the encoder of a sequence Transformer (RevCol, appendix B.2)."""
 import math
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 from mmengine.registry import MODELS

@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """RevCol-ViT: isotropic columns of ViT blocks (RevCol, appendix B.1)."""
 import math
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Classification heads of RevCol, and the decoders of intermediate supervision (section 3.3 of the paper, appendix B.1)."""
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F

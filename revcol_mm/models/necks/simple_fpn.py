@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """A feature pyramid out of maps of one resolution (ViTDet, https://arxiv.org/abs/2203.16527, section 3)."""
 import math
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch.nn.functional as F
 from mmdet.registry import MODELS

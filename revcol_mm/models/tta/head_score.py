@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Test-time augmentation for classifiers with several heads."""
-from collections.abc import Sequence
+from typing import Sequence
 
 from mmpretrain.models import AverageClsScoreTTA
 from mmpretrain.registry import MODELS

@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Test-time augmentation for instance segmentation."""
 import itertools
-from collections.abc import Sequence
+from typing import Sequence
 
 import torch
 from mmcv.ops import batched_nms
