@@ -6,10 +6,14 @@ import itertools
 import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +26,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from torch import nn
 
-from revcol_mm.checkpoint import CheckpointError, enable_safe_loading, load_pretrained, read_checkpoint
+from revcol_mm.apis import train
+from revcol_mm.checkpoint import CheckpointError, load_pretrained, read_checkpoint
 from revcol_mm.models import RevCol
 
 NANO = dict(channels=[4, 6, 8, 10], depths=(1, 1, 1, 1), num_columns=2)
@@ -131,29 +136,15 @@ def runner(work_dir, epochs=2, scheduler=None, **settings):
         experiment_name=f'safe-loading-{next(RUNS)}', log_level='WARNING', **settings)
 
 
-def test_the_trap_works_where_torch_is_told_to_run_code(tmp_path, sprung, monkeypatch):
+def test_the_trap_works_where_torch_is_told_to_run_code(tmp_path, sprung):
     torch.save(Trap(sprung), tmp_path / 'trap.pth')
-    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
     torch.load(tmp_path / 'trap.pth', weights_only=False)
     assert sprung.exists()
 
 
-def load_with_the_check_off(path):
-    return torch.load(path, weights_only=False)
-
-
-def load_with_fallback(path):
-    """As the loader of onedl-mmengine does."""
-    try:
-        return torch.load(path)
-    except Exception:
-        return torch.load(path, weights_only=False)
-
-
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip format', 'old format'])
-@pytest.mark.parametrize('load', [load_with_the_check_off, load_with_fallback, torch.load, CheckpointLoader.load_checkpoint,
-                                  read_checkpoint])
-def test_a_file_with_code_is_refused_even_by_those_who_switch_the_check_off(tmp_path, sprung, load, zipped):
+@pytest.mark.parametrize('load', [torch.load, CheckpointLoader.load_checkpoint, read_checkpoint])
+def test_a_file_with_code_is_refused(tmp_path, sprung, load, zipped):
     path = str(tmp_path / 'trap.pth')
     torch.save(dict(state_dict=Trap(sprung)), path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(REFUSED):
@@ -178,10 +169,6 @@ def load_with_mmengine(trap):
     load_checkpoint(nn.Linear(1, 1), trap)
 
 
-def load_with_torch_hub(trap):
-    torch.hub.load_state_dict_from_url(trap if '://' in trap else f'file://{trap}')
-
-
 def load_with_init_detector(trap):
     from mmdet.apis import init_detector
     init_detector(detector_config(), trap, device='cpu')
@@ -192,7 +179,7 @@ def load_with_the_inferencer(trap):
     DetInferencer(detector_config(), weights=trap, device='cpu')
 
 
-@pytest.mark.parametrize('load', [load_with_mmengine, load_with_torch_hub, load_with_init_detector, load_with_the_inferencer])
+@pytest.mark.parametrize('load', [load_with_mmengine, load_with_init_detector, load_with_the_inferencer])
 def test_other_ways_in_run_no_code(trap, sprung, load):
     with pytest.raises(REFUSED):
         load(trap)
@@ -284,14 +271,115 @@ def test_the_allow_list_is_no_door(request_, tmp_path):
         read_checkpoint(str(tmp_path / 'asks.pth'))
 
 
-def test_the_environment_variable_that_switches_the_check_off_is_taken_back(monkeypatch, tmp_path, sprung):
-    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    torch.save(Trap(sprung), tmp_path / 'trap.pth')
-    with pytest.warns(UserWarning, match='TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored'):
-        enable_safe_loading()
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / 'trap.pth')
-    assert not sprung.exists()
+@pytest.fixture
+def stores(monkeypatch, tmp_path, served):
+    """Addresses of one file, trap.pth, for every kind of place that mmengine loads from."""
+    folder, url = served
+
+    class Model:
+        name = 'trap.pth'
+
+        def download(self, path):
+            Path(path).write_bytes((folder / 'trap.pth').read_bytes())
+
+    class Store:
+        def get(self, address):
+            return (folder / 'trap.pth').read_bytes()
+
+    monkeypatch.setitem(sys.modules, 'pavi', SimpleNamespace(modelcloud=SimpleNamespace(get=lambda name: Model())))
+    monkeypatch.setattr('revcol_mm.checkpoint.safe.get_file_backend', lambda *args, **kwargs: Store())
+    monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {
+        'at_home': 'trap.pth', 'online': f'{url}/trap.pth'})
+    for name in ('torchvision', 'mmcls'):
+        monkeypatch.setattr(f'mmengine.runner.checkpoint.get_{name}_models', lambda: {'net': f'{url}/trap.pth'})
+    monkeypatch.setattr('mmengine.runner.checkpoint._get_mmengine_home', lambda: str(folder))
+    return [str(folder / 'trap.pth'), f'{url}/trap.pth', 'pavi://trap', 's3://bucket/trap.pth', 'petrel://bucket/trap.pth',
+            'open-mmlab://at_home', 'openmmlab://online', 'torchvision://net', 'modelzoo://net', 'mmcls://net']
+
+
+@pytest.mark.parametrize('variable', [None, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'])
+def test_no_loader_of_mmengine_runs_code_whatever_the_environment_says(stores, served, sprung, monkeypatch, variable):
+    torch.save(Trap(sprung), served[0] / 'trap.pth')
+    if variable:
+        monkeypatch.setenv(variable, '1')
+        torch.load(served[0] / 'trap.pth')
+        assert sprung.exists()  # what the variable does elsewhere
+        sprung.rmdir()
+    for address in stores:
+        with pytest.raises(REFUSED):
+            CheckpointLoader.load_checkpoint(address)
+        assert not sprung.exists(), address
+
+
+def test_every_loader_of_mmengine_loads_weights(stores, served):
+    torch.save(dict(state_dict={'backbone.w': torch.ones(2)}), served[0] / 'trap.pth')
+    for address in stores:
+        loaded = CheckpointLoader.load_checkpoint(address)
+        assert torch.equal(loaded['state_dict'].popitem()[1], torch.ones(2)), address
+
+
+def test_the_import_leaves_the_environment_and_the_users_own_pickles_alone(tmp_path):
+    code = f"""
+import os, mmcv, mmengine.runner, torch
+before = dict(os.environ)
+import revcol_mm
+assert dict(os.environ) == before
+class Cache:
+    size = 3
+torch.save(Cache(), {str(tmp_path / 'cache.pt')!r})
+assert torch.load({str(tmp_path / 'cache.pt')!r}, weights_only=False).size == 3
+"""
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+OWN_DATA = """
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+
+class Sample:
+    def __init__(self, value):
+        self.value = value
+
+@DATASETS.register_module()
+class CachedData(torch.utils.data.Dataset):
+    def __init__(self, path):
+        torch.save([Sample(1.), Sample(2.)], path)
+        self.samples = torch.load(path, weights_only=False)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.tensor([self.samples[index].value]))
+
+@MODELS.register_module()
+class OwnModel(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.linear(torch.stack(list(inputs))).square().mean())
+"""
+
+
+def test_a_data_set_reads_its_own_pickle_in_a_training(tmp_path, monkeypatch):
+    (tmp_path / 'own_data.py').write_text(OWN_DATA)
+    (tmp_path / 'config.py').write_text(f"""
+custom_imports = dict(imports=['own_data'])
+default_scope = 'mmengine'
+model = dict(type='OwnModel')
+train_dataloader = dict(dataset=dict(type='CachedData', path={str(tmp_path / 'cache.pt')!r}), batch_size=2, num_workers=0,
+                        sampler=dict(type='DefaultSampler', shuffle=False))
+train_cfg = dict(by_epoch=True, max_epochs=1)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    train.train([str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / 'work')])
+    assert (tmp_path / 'work' / 'epoch_1.pth').is_file()
 
 
 SCHEDULERS = dict(
