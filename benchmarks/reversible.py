@@ -39,7 +39,7 @@ LABELS = dict(plain='plain autograd', checkpoint='checkpoint per column', naive=
 def way_of(name):
     """The constructor arguments of a way, and for the naive inverse what it does without."""
     if name == 'naive':
-        engine = 'revcol_mm.reversible'
+        engine = 'revcol_mm.reversible.autograd'
         with mock.patch(f'{engine}.STREAM_DTYPE', torch.float32), mock.patch(f'{engine}.ANCHOR_BUDGET', float('inf')):
             yield dict(reversible=True, drift_threshold=float('inf'))
     else:
