@@ -42,6 +42,7 @@ test-onedl: setup-onedl
 
 lint: setup
 	$(RUN) -m ruff check
+	$(RUN) -m codespell_lib
 
 setup: python
 	@$(PYTHON) tools/setup_env.py
