@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""What README.md tells one to type: its settings reach places that are there, and its config says what its heading says."""
+"""What README.md and docs/training.md tell a user to type: settings reach places that exist, and the config does as it says."""
 import inspect
 import os.path as osp
 import re
@@ -14,9 +14,17 @@ from revcol_mm import config_path
 from revcol_mm.apis import config, test, train
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.MULTILINE | re.DOTALL)
-SMALL, = (text for language, text in BLOCKS if language == 'bash' and 'data/small/' in text)
-MINE, = (text for language, text in BLOCKS if language == 'python' and 'data/mine/' in text)
+
+
+def block(file: str, language: str, folder: str) -> str:
+    """The one code block of the page that uses this folder of data."""
+    blocks = re.findall(rf'^```{language}\n(.*?)^```$', (ROOT / file).read_text(), re.MULTILINE | re.DOTALL)
+    found, = (text for text in blocks if folder in text)
+    return found
+
+
+SMALL = block('docs/training.md', 'bash', 'data/small/')
+MINE = block('README.md', 'python', 'data/mine/')
 
 
 def parse(script: str):
