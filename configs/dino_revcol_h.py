@@ -1,8 +1,7 @@
-# RevCol-H with DINO on COCO, from the Objects365 model of dino_revcol_h_o365.py. The layers that depend on the number of
-# classes differ in shape: they start afresh, and mmengine's warning names them.
+# RevCol-H with DINO on COCO, from the Objects365 model of dino_revcol_h_o365.py (section 3.2). The layers that depend on the
+# number of classes have other shapes, so they start from new weights; mmengine's warning names them.
 #
-# What the paper leaves open, and the choice here: 12 epochs, a drop after 11, half the rate of the 22K models (DINO's own COCO
-# step).
+# What the paper leaves open, and the choice here: 12 epochs, a drop after 11, and half the learning rate of the 22K models.
 _base_ = '_base_/dino_revcol.py'
 
 load_from = 'work_dirs/dino_revcol_h_o365/epoch_12.pth'

@@ -1,7 +1,7 @@
 # RevCol-H with kernels padded to 7x7 (appendix D.3.1), first step of the paper's best detector: DINO on Objects365 v2. The
 # second, dino_revcol_h.py, is COCO.
 # Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
-# the authors' own; `checkpoint` is where they are expected, padded by
+# the authors' own. Put them where `checkpoint` says, padded by
 #   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 7
 #
 # What the paper leaves open, and the choice here: 12 epochs, mmdet's short schedule, at twice the batch, since Objects365 v2

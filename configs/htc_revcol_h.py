@@ -2,20 +2,22 @@
 # heads of 4 convolutions and 1 linear layer, GIoU loss, short sides of 400 to 1400 pixels, 72 epochs, soft-NMS, and a
 # multi-scale test (tools/test.py … --tta).
 # Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
-# the authors' own; `checkpoint` is where they are expected, padded by
+# the authors' own. Put them where `checkpoint` says, padded by
 #   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 7
 # The semantic branch needs COCO-stuff's maps in data/coco/stuffthingmaps/.
 #
 # What the paper leaves open, and the choice here:
-# - InstaBoost is an override, since its package (instaboostfast 0.1.2) is old and has to be built: in a config of your own,
+# - InstaBoost is off by default, because its package (instaboostfast 0.1.2) is old and has to be built. To switch it on, write
+#   in a config of your own:
 #     train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline_instaboost))
 #   It moves instances in the image, not in the semantic map.
 # - AdamW, 1e-4 for 16 images, weight decay 0.05, as Swin's HTC++; layer decay as in RevCol-H's ImageNet fine-tuning, drop path
 #   as RevCol-L's detectors. Boxes stay class-agnostic, as HTC's are.
-# - No global self-attention behind the last stage, which Swin's HTC++ has: RevCol is static convolutions only.
-# - Test: single scale at 1400 x 1600; --tta at three scales, each flipped too: the upper half of those in training, where large
-#   models are tested; the paper names none.
-# The paper prints 2.41G parameters. This head, the standard one, makes 2.22G: see docs/model_zoo.md.
+# - Swin's HTC++ has global self-attention behind the last stage; this config does not, because RevCol has static
+#   convolutions only.
+# - Test: a single scale of 1400 x 1600; with --tta three scales, each flipped too. They are from the upper half of the training
+#   scales. The paper names none.
+# The paper prints 2.41G parameters (table 2). With this head, the standard one, the model has 2.22G: see docs/model_zoo.md.
 _base_ = ['mmdet::htc/htc_x101-64x4d-dconv-c3-c5_fpn_ms-400-1400-16xb1-20e_coco.py', './_base_/revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)

@@ -1,12 +1,12 @@
 # RevCol-H with kernels padded to 13x13 (appendix D.3.1) and a widened Mask2Former head.
 # Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
-# the authors' own; `checkpoint` is where they are expected, padded by
+# the authors' own. Put them where `checkpoint` says, padded by
 #   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 13
-# The paper prints 2439M parameters and no settings. The backbone has 2175M with these kernels, which leaves 264M for a head
-# whose standard form has some 20M. Here it is widened as others do behind huge backbones: 1024 channels throughout (pixel
-# decoder, queries, transformer decoder), 32 heads, 200 queries, FFNs of 4096 in the pixel decoder (four times the width, as in
-# the standard head) and 5120 in the decoder (five times; the standard head's eight times would give a head of 316M). That makes
-# a head of 260M, and 2435M in all.
+# The paper prints 2439M parameters (table 3) and no settings. The backbone has 2175M with these kernels, which leaves 264M for
+# the head. The standard head has some 20M. Here it is widened, as is usual behind huge backbones: 1024 channels throughout
+# (pixel decoder, queries, transformer decoder), 32 heads, 200 queries, FFNs of 4096 in the pixel decoder (four times the width,
+# as in the standard head) and 5120 in the decoder (five times; the standard head's eight times would give a head of 316M). The
+# head then has 260M, and the whole model 2435M.
 _base_ = '_base_/mask2former_revcol_640.py'
 
 width = 1024

@@ -1,5 +1,6 @@
-# RevCol-ViT-S (appendix B.1): 80.6 top-1 in the paper. It counts 20.9M parameters and 4.57 GFLOPs, classifier included, where
-# the paper prints 16M and 4.6G: see docs/columns.md. Settings of RevCol-T, without intermediate supervision.
+# RevCol-ViT-S (appendix B.1, table 9): 80.6 top-1 in the paper. With its classifier it has
+# 20.9M parameters and 4.57 GFLOPs, where the paper prints 16M and 4.6G: see docs/columns.md.
+# Settings of RevCol-T, without intermediate supervision.
 _base_ = 'revcol_t_in1k_no_supervision.py'
 
 model = dict(

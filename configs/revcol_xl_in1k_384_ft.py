@@ -1,5 +1,5 @@
-# 350 GFLOPs, 88.2 top-1 in the paper, which also has 89.4 with private data. No XL weights were released: the checkpoint is
-# where your own are expected (--cfg-options model.backbone.init_cfg.checkpoint=… for another place).
+# 350 GFLOPs, 88.2 top-1 in the paper (table 1), and 89.4 with private data. No XL weights were released: put your own where
+# `checkpoint` says (--cfg-options model.backbone.init_cfg.checkpoint=… for another place).
 _base_ = '_base_/revcol_in1k_ft.py'
 
 model = dict(

@@ -1,7 +1,7 @@
 # RevCol-H with kernels padded to 7x7, as in the authors' release; for the paper's 13x13 (appendix D.3.1) pad to 13 and add
 #   --cfg-options model.backbone.kernel_size=13 model.backbone.init_cfg.checkpoint=checkpoints/revcol_huge_megdata_k13.pth
 # Pre-trained weights: revcol_models/classification/revcol_huge_megdata.pth of https://huggingface.co/LarryTsai/RevCol,
-# the authors' own; `checkpoint` is where they are expected, padded by
+# the authors' own. Put them where `checkpoint` says, padded by
 #   python tools/pad_kernels.py checkpoints/revcol_huge_megdata.pth --size 7
 _base_ = '_base_/upernet_revcol_640.py'
 

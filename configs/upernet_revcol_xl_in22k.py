@@ -1,5 +1,5 @@
-# The paper trains no segmentor on RevCol-XL, and no weights of it are public: rates are RevCol-L's, and `checkpoint` is where
-# your own ImageNet-22K weights are expected (--cfg-options model.backbone.init_cfg.checkpoint=… for another place).
+# The paper trains no segmentor on RevCol-XL, and its weights are not public. Rates are RevCol-L's. Put your own ImageNet-22K
+# weights where `checkpoint` says (--cfg-options model.backbone.init_cfg.checkpoint=… for another place).
 _base_ = 'upernet_revcol_l_in22k.py'
 
 model = dict(

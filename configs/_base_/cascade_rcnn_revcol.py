@@ -1,5 +1,6 @@
 # Cascade Mask R-CNN for RevCol on COCO: what all sizes share. Heads, augmentation and the 3x schedule (36 epochs) are mmdet's
-# own for ConvNeXt; what follows is where RevCol's settings (table 13 of the paper, and the authors' release) differ.
+# own for ConvNeXt; what follows is where RevCol's settings differ. They are those of the authors' release; table 13 of the
+# paper has the same ones, except where a comment says so.
 _base_ = ['mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)

@@ -1,5 +1,5 @@
-# RevCol-T with the authors' ImageNet-1K weights, in place of whatever backbone a detector's or segmentor's own base has; larger
-# sizes override. Under a name of its own, since those bases bring a `model`.
+# RevCol-T with the authors' ImageNet-1K weights. It replaces the backbone of a detector's or segmentor's own base; configs of
+# larger sizes override it. It has a name of its own, because those bases define `model`.
 revcol_tiny = dict(
     _delete_=True,
     type='RevCol',

@@ -1,5 +1,5 @@
 # RevCol from scratch on ImageNet-1K with intermediate supervision: what the sizes share. The settings are those of the
-# authors' release; where the paper differs, a comment says so.
+# authors' release; where table 11 of the paper differs, a comment says so.
 _base_ = ['mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py', 'mmpretrain::_base_/default_runtime.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.classification'], allow_failed_imports=False)

@@ -1,5 +1,6 @@
 # Fine-tuning of ImageNet-22K weights on ImageNet-1K at 384x384: what the sizes share. Classifiers and decoders of the
-# checkpoint are left behind, and a new classifier starts from almost zero.
+# checkpoint are left out, and a new classifier starts from almost zero. The settings are those of the authors' release; where
+# table 12 of the paper differs, a comment says so.
 _base_ = ['mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py', 'mmpretrain::_base_/default_runtime.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.classification'], allow_failed_imports=False)
@@ -19,7 +20,7 @@ model = dict(
         type='RevColClsHead',
         num_classes=1000,
         in_channels=576,
-        init_scale=0.001,  # stated for B too, where the release's code does not apply it
+        init_scale=0.001,  # table 12 has it for B too, where the release's code does not apply it
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')))
 
 # 16 GPUs x 32 images. Above 224 pixels the test image is the whole picture, resized to the square.

@@ -1,5 +1,5 @@
 # RevCol from scratch on ImageNet-22K with intermediate supervision: what the sizes share, and how it differs from
-# ImageNet-1K. The 22K images have no validation split: fine-tuning on 1K shows what the weights are worth.
+# ImageNet-1K (table 11). The 22K images have no validation split: fine-tuning on 1K shows how good the weights are.
 _base_ = './revcol_in1k.py'
 
 data_preprocessor = dict(num_classes=21841)

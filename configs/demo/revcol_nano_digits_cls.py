@@ -9,7 +9,7 @@ model = dict(
     backbone=dict(
         type='RevCol',
         arch=dict(channels=(16, 32, 64, 128), depths=(1, 1, 2, 1), num_columns=4),
-        # Not the release's LayerScale 1e-6 and standard deviation 0.02, which suit long schedules (docs/demo.md has a trial).
+        # The release's LayerScale 1e-6 and standard deviation 0.02 suit long schedules (docs/demo.md describes a trial).
         layer_scale_init_value=1.0,
         reversible=True,
         init_cfg=dict(type='Kaiming', layer=['Conv2d', 'Linear'])),
@@ -23,8 +23,8 @@ model = dict(
 
 data_preprocessor = dict(num_classes=10, mean=[127.5] * 3, std=[64.] * 3, to_rgb=True)
 
-# 1,350 samples are soon known by heart: they are turned, slanted, moved and recoloured. Not flipped: a mirrored digit is
-# another sign.
+# The network would soon overfit 1,350 samples, so they are rotated, sheared, moved and recoloured. They are not flipped,
+# because a mirrored digit is another sign.
 augmentation = dict(
     type='RandAugment',
     policies=[

@@ -1,5 +1,5 @@
-# Pre-training for the demo, less than a minute of it: the backbone of the detectors learns to tell single digits apart, from
-# the training half of the handwriting. The detector gets it as `load_from`.
+# Pre-training for the demo, which takes less than a minute: the detectors' backbone learns to classify single digits, from
+# the training part of the handwriting. The detector loads it with `load_from`.
 _base_ = 'revcol_nano_digits_cls.py'
 
 model = dict(
@@ -15,7 +15,7 @@ model = dict(
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes=10, in_channels=128, topk=(1, )))
 
-# Detectors find digits anywhere: the crops are moved by up to a quarter of their size.
+# Detectors must find digits anywhere, so the crops are moved by up to a quarter of their size.
 move = dict(
     type='Translate', prob=1., pad_val=(175, 175, 175), magnitude_range=(0, 0.25), magnitude_level=10, magnitude_std='inf',
     total_level=10, random_negative_prob=0.5)

@@ -6,9 +6,9 @@ custom_imports = dict(
     imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
 
 norm = dict(type='BN')
-# Seven pixels in eight are background. Little weight on it lets the classes be learned early (the auxiliary head's part), more
-# of it draws the outlines tighter (the decode head's). mmseg's weighted loss ends in an IndexError on padded pixels, so images
-# must not be smaller than 128 pixels; without weights, as in the other configs, they may.
+# Seven pixels in eight are background. With a small weight on it the classes are learned early (auxiliary head); with a larger
+# weight the outlines become tighter (decode head). mmseg's weighted loss raises an IndexError on padded pixels, so images must
+# not be smaller than 128 pixels here. Without class weights, as in the other configs, they may be.
 classes_first = dict(class_weight=[1.0] * 10 + [0.1])
 outlines_too = dict(class_weight=[1.0] * 10 + [0.3])
 model = dict(

@@ -1,5 +1,5 @@
-# What the detectors on the bundled digits share: data (tools/make_digits.py), schedule and the small backbone, under one name,
-# since each detector's own base brings COCO's under the usual names.
+# What the detectors on the bundled digits share: data (tools/make_digits.py), schedule and the small backbone. The names start
+# with digits_, because each detector's own base defines COCO's settings under the usual names.
 digits_root = 'data/digits/'
 digits_meta = dict(classes=tuple('0123456789'))
 
@@ -19,7 +19,7 @@ digits_train_pipeline = [
 ]
 digits_test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),  # changes nothing, but predictions are scaled back by its factor
+    dict(type='Resize', scale=(128, 128), keep_ratio=True),  # keeps the size; predictions need its scale factor
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
 ]

@@ -1,5 +1,5 @@
-# What the segmentors on the bundled digits share, as digits_coco.py for the detectors. Background is a class of its own, and is
-# left out of the mean IoU, which it would flatter.
+# What the segmentors on the bundled digits share, as digits_coco.py for the detectors. Background is a class of its own. It
+# is left out of the mean IoU, because it would make the mean too good.
 _base_ = 'digits_coco.py'
 
 digits_meta = dict(
