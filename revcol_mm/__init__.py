@@ -8,13 +8,15 @@ from .version import __version__, check_versions
 
 check_versions()  # before the imports below, which fail with less helpful messages when a version is too old
 
-from . import checkpoint, converters, engine, models  # noqa: E402
+from .patches import apply_patches  # noqa: E402
+
+apply_patches()  # before the imports below, some of which import mmcv.ops
+
+from . import checkpoint, converters, engine, models, ops  # noqa: E402
 from .former_names import keep_former_names  # noqa: E402
 from .models import RevCol  # noqa: E402
-from .patches import apply_patches  # noqa: E402
 from .utils.configs import config_path, get_config  # noqa: E402
 
-apply_patches()
 keep_former_names()
 
-__all__ = ['RevCol', '__version__', 'checkpoint', 'config_path', 'converters', 'engine', 'get_config', 'models']
+__all__ = ['RevCol', '__version__', 'checkpoint', 'config_path', 'converters', 'engine', 'get_config', 'models', 'ops']

@@ -8,12 +8,14 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as runner_checkpoint
 
+from . import ops
 from .checkpoint import safe
 from .version import installed_version
 
 
 def apply_patches() -> None:
     """Makes all changes. Calling it again does no harm."""
+    ops.install()  # its docstring says what it puts where, and when
     enable_safe_loading()
     find_configs_of_forks()
 
