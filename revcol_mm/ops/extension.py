@@ -30,12 +30,6 @@ OPERATORS = (
     sync_bn.sync_bn_backward_param, sync_bn.sync_bn_backward_data,
 )
 OWNERS = ('mmcv', 'mmcv-lite', 'mmcv-full', 'onedl-mmcv')  # distributions that own the folder mmcv/
-# mmseg imports these from mmcv.ops within try, and goes on with None.
-LEFT_OUT_BY_MMSEG = {
-    'mmseg.models.decode_heads.cc_head': 'CrissCrossAttention',
-    'mmseg.models.decode_heads.point_head': 'point_sample',
-    'mmseg.models.decode_heads.psa_head': 'PSAMask',
-}
 
 
 class _Extension(ModuleType):
@@ -61,11 +55,8 @@ class _Loader(importlib.abc.Loader):
 def install() -> None:
     """Lets ``mmcv.ops`` be imported where mmcv has no compiled operators that work; does nothing where it has.
 
-    Importing revcol_mm calls it, before anything imports mmcv.ops. It imports neither mmcv.ops nor torchvision and writes no
-    file; calling it again changes nothing.
-
-    Raises:
-        ImportError: If mmseg was imported before, went on without some operators, and cannot be mended any more.
+    Importing revcol_mm calls it, before anything imports mmcv.ops. It does not import torchvision and writes no file; calling it
+    again changes nothing.
 
     Warns:
         UserWarning: If several distributions own the folder mmcv/, or if mmcv's compiled operators do not load, in which case
@@ -80,11 +71,11 @@ def install() -> None:
             return
         except (ImportError, OSError) as error:
             warnings.warn(_how_to_repair(error), stacklevel=2)
-    for name, operator in LEFT_OUT_BY_MMSEG.items():
-        if getattr(sys.modules.get(name), operator, operator) is None:
-            raise ImportError(f'mmseg was imported before revcol_mm, while mmcv.ops could not be, and {name} went on without '
-                              f'{operator}; start Python again and import revcol_mm first')
     sys.modules[EXTENSION] = _extension()
+    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
+    if transformer is not None and not hasattr(transformer, 'MultiScaleDeformableAttention'):
+        # mmcv.cnn was imported before and went on without this class of mmcv.ops, which mmdet and mmseg look for there.
+        transformer.MultiScaleDeformableAttention = importlib.import_module('mmcv.ops').MultiScaleDeformableAttention
 
 
 def backend() -> str:
