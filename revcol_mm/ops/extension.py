@@ -55,8 +55,8 @@ class _Loader(importlib.abc.Loader):
 def install() -> None:
     """Lets ``mmcv.ops`` be imported where mmcv has no compiled operators that work; does nothing where it has.
 
-    Importing revcol_mm calls it, before anything imports mmcv.ops. It does not import torchvision and writes no file; calling it
-    again changes nothing.
+    Importing revcol_mm calls it, before anything imports mmcv.ops. It does not import torchvision and writes no file.
+    Calling it again changes nothing.
 
     Warns:
         UserWarning: If several distributions own the folder mmcv/, or if mmcv's compiled operators do not load, in which case
