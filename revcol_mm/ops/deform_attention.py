@@ -33,7 +33,7 @@ def ms_deform_attn_forward(value: Tensor, value_spatial_shapes: Tensor, value_le
         pixels = values[:, start:start + height * width]
         result += _attend(pixels, places[:, :, :, level], weights[:, :, :, level], height, width)
     # (N·M, D, Q) -> (N, Q, M·D)
-    return result.view(batch, -1, queries).transpose(1, 2).to(value.dtype).contiguous()
+    return result.view(batch, heads * value.size(-1), queries).transpose(1, 2).to(value.dtype).contiguous()
 
 
 def ms_deform_attn_backward(value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,
