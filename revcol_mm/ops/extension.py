@@ -46,7 +46,7 @@ class _Loader(importlib.abc.Loader):
     """mmengine takes the operators for available if the module's spec has a loader; there is nothing left to load."""
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _extension()
+        return stand_in()
 
     def exec_module(self, module: ModuleType) -> None:
         pass
@@ -71,7 +71,7 @@ def install() -> None:
             return
         except (ImportError, OSError) as error:
             warnings.warn(_how_to_repair(error), stacklevel=2)
-    sys.modules[EXTENSION] = _extension()
+    sys.modules[EXTENSION] = stand_in()
     transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
     if transformer is not None and not hasattr(transformer, 'MultiScaleDeformableAttention'):
         # mmcv.cnn was imported before and went on without this class of mmcv.ops, which mmdet and mmseg look for there.
@@ -102,7 +102,12 @@ def describe() -> str:
 
 
 @functools.cache
-def _extension() -> _Extension:
+def stand_in() -> ModuleType:
+    """The module that :func:`install` puts in place of ``mmcv._ext``; the same one at every call.
+
+    Returns:
+        ModuleType: With all operators of this package.
+    """
     module = _Extension(EXTENSION, 'Stands in for the compiled operators of mmcv; made by revcol_mm.ops.')
     module.__spec__ = importlib.machinery.ModuleSpec(EXTENSION, _Loader(), origin=__name__)
     module.__loader__ = module.__spec__.loader

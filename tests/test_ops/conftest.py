@@ -12,7 +12,7 @@ from revcol_mm.ops import extension
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch) -> ModuleType:
     """The module that stands in for mmcv._ext, with which all of mmcv.ops works during the test."""
-    module = extension._extension()
+    module = extension.stand_in()
     for name, user in list(sys.modules.items()):
         if name.startswith('mmcv.ops.') and hasattr(user, 'ext_module'):
             monkeypatch.setattr(user, 'ext_module', module)

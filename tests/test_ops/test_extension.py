@@ -134,7 +134,8 @@ def run_with(tmp_path):
         before = sorted(path.name for path in folder.iterdir())
         env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{Path(__file__).parents[2]}', OMP_NUM_THREADS='1',
                    PYTHONDONTWRITEBYTECODE='1')
-        done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path, env=env)
+        done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=tmp_path, env=env, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr
         assert sorted(path.name for path in folder.iterdir()) == before
         return done
