@@ -4,6 +4,8 @@
 Features may have any strides, channels-last among them; mmcv's compiled RoIAlign reads every memory as if it were contiguous.
 Regions are (R, 5): the image's index within the batch, then x1, y1, x2, y2 in pixels of the image.
 """
+import functools
+import warnings
 from typing import Iterator
 
 import torch
@@ -35,6 +37,9 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
 
     Raises:
         ValueError: On the CPU, if aligned and a region ends before it begins.
+
+    Warns:
+        UserWarning: Once, if regions come in bfloat16, as they do from mmdet under autocast; compiled mmcv refuses the type.
     """
     _check_regions(rois, aligned)
     features = at_least_single(input)
@@ -153,10 +158,19 @@ def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_in
 
 
 def _check_regions(rois: Tensor, aligned: bool) -> None:
+    if rois.dtype == torch.bfloat16:
+        _warn_of_bfloat16()
     # On a GPU the check would wait for everything before it.
     if aligned and rois.device.type == 'cpu' and rois.numel() and bool((rois[:, 3:] < rois[:, 1:3]).any()):
         bad = rois[(rois[:, 3:] < rois[:, 1:3]).any(1)][0]
         raise ValueError(f'rois must have x1 <= x2 and y1 <= y2, but got (x1, y1, x2, y2) = {tuple(bad[1:].tolist())}')
+
+
+@functools.cache
+def _warn_of_bfloat16() -> None:
+    warnings.warn('RoIAlign gets its regions in bfloat16, in which coordinates from 512 on are multiples of 4 and from 1024 on '
+                  'of 8 pixels: boxes and masks will be worse; train in float32, or in float16 with '
+                  "optim_wrapper.dtype='float16'", stacklevel=3)
 
 
 def _groups(sizes: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:

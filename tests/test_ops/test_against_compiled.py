@@ -6,6 +6,7 @@ import mmcv.ops
 import pytest
 import torch
 
+DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 CASES = torch.load(Path(__file__).parents[1] / 'data' / 'mmcv_ops.pt', weights_only=True)['cases']
 
 
@@ -26,12 +27,14 @@ def call(op, inputs, kwargs):
 
 
 @pytest.mark.parametrize('case', CASES, ids=[f'{case["op"]}-{index}' for index, case in enumerate(CASES)])
-def test_indices_are_equal_and_values_within_a_millionth_of_the_largest(case):
-    outputs = call(case['op'], case['inputs'], case['kwargs'])
+@pytest.mark.parametrize('device', DEVICES)
+def test_indices_are_equal_and_values_within_a_millionth_of_the_largest(case, device):
+    inputs = {name: tensor.to(device) for name, tensor in case['inputs'].items()}
+    outputs = call(case['op'], inputs, case['kwargs'])
     assert outputs.keys() == case['outputs'].keys()
     for name, expected in case['outputs'].items():
         if name == 'inds' or name == 'groups':
-            torch.testing.assert_close(outputs[name], expected, rtol=0, atol=0)
+            torch.testing.assert_close(outputs[name], expected, rtol=0, atol=0, check_device=False)
         else:
             largest = float(expected.abs().max()) if expected.numel() else 0
-            torch.testing.assert_close(outputs[name].detach(), expected, rtol=0, atol=1e-6 * largest)
+            torch.testing.assert_close(outputs[name].detach().cpu(), expected, rtol=0, atol=1e-6 * largest)

@@ -19,6 +19,7 @@ import torch
 from revcol_mm import ops
 from revcol_mm.ops import extension, library
 
+ROOT = Path(__file__).parents[2]
 MMCV = Path(mmcv.__file__).parent
 
 
@@ -132,7 +133,7 @@ def run_with(tmp_path):
         for name, text in files.items():
             (folder / f'_ext.{name}').write_text(text)
         before = sorted(path.name for path in folder.iterdir())
-        env = dict(os.environ, PYTHONPATH=f'{tmp_path}:{Path(__file__).parents[2]}', OMP_NUM_THREADS='1',
+        env = dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', OMP_NUM_THREADS='1',
                    PYTHONDONTWRITEBYTECODE='1')
         done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=tmp_path, env=env, capture_output=True,
                               text=True)
@@ -171,6 +172,24 @@ def test_mmcv_and_mmpretrain_may_be_imported_before(run_with):
         from mmcv.cnn.bricks.transformer import MultiScaleDeformableAttention
         assert MultiScaleDeformableAttention.__module__ == 'mmcv.ops.multi_scale_deform_attn'
     """)
+
+
+def test_mmdets_own_test_tool_runs_with_one_line_before_it(run_with):
+    """As in docs/operators.md; without it, mmdet.evaluation asks for mmcv.ops before the config imports revcol_mm."""
+    line = next(line for line in (ROOT / 'docs' / 'operators.md').read_text(encoding='utf-8').splitlines() if 'runpy' in line)
+    code = line.partition('"')[2].partition('"')[0]
+    assert 'import revcol_mm' in code
+    done = run_with(f"""
+        import importlib.util, sys
+        from pathlib import Path
+        tools = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim' / 'tools'
+        sys.argv = ['-c', str(tools / 'test.py'), '--help']
+        try:
+            exec({code!r})
+        except SystemExit as end:
+            assert not end.code
+    """)
+    assert 'test config file path' in done.stdout
 
 
 def test_a_compiled_extension_that_does_not_load_is_named_with_both_ways_out(run_with):

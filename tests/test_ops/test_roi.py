@@ -6,6 +6,8 @@ import mmcv.ops
 import pytest
 import torch
 
+from revcol_mm.ops import roi
+
 ROIS = torch.tensor([[0, 3.2, 4.1, 19.7, 22.3], [1, 8, 8, 25, 12.5], [1, 0, 0, 31, 31], [0, 10.2, 3, 11, 3.5]])
 
 
@@ -42,6 +44,7 @@ def test_roi_align_of_a_plane_is_its_value_at_the_centre_of_each_bin():
     torch.testing.assert_close(output, 2 * centre_x[None] - 3 * centre_y[:, None] + 1)
 
 
+@pytest.mark.filterwarnings('ignore:RoIAlign gets its regions in bfloat16')
 @pytest.mark.parametrize('pool_mode', ['avg', 'max'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_low_precision_is_computed_in_float32_and_rounded_once(pool_mode, dtype):
@@ -59,12 +62,24 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(pool_mode, dtype)
         torch.testing.assert_close(features.grad.sum(), grad.sum(), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.filterwarnings('ignore:RoIAlign gets its regions in bfloat16')
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_under_autocast_roi_align_keeps_the_type_of_the_features(dtype):
     features = torch.randn(2, 5, 16, 16, dtype=dtype)
     with torch.autocast('cpu', dtype):
         output = align(features, ROIS.to(dtype))
     torch.testing.assert_close(output, align(features, ROIS.to(dtype)), rtol=0, atol=0)
+
+
+def test_regions_in_bfloat16_raise_a_warning_once():
+    """mmdet casts regions to the type of the features; 1001 becomes 1000."""
+    roi._warn_of_bfloat16.cache_clear()
+    inputs = torch.randn(2, 5, 16, 16).bfloat16(), ROIS.bfloat16()
+    with pytest.warns(UserWarning, match='multiples of 4 and from 1024 on of 8 pixels') as warned:
+        align(*inputs)
+        align(*inputs)
+    assert len(warned) == 1
+    assert torch.tensor([1001., 1030]).bfloat16().tolist() == [1000, 1032]
 
 
 @pytest.mark.parametrize('pool_mode', ['avg', 'max'])
