@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Pads the depthwise kernels of a RevCol checkpoint (appendix D.3.1): old weights in the centre, a border of tiny noise.
+"""Pads the depthwise kernels of a RevCol checkpoint: old weights in the centre, a border of small noise (appendix D.3.1).
 
     python tools/pad_kernels.py ckpt.pth --size 7        # writes ckpt_k7.pth
 """
@@ -27,8 +27,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--size', type=_size_or_name, nargs='+', required=True, metavar='K',
                         help='new kernel sizes, odd; one file each')
     parser.add_argument('--out', help="output; '{size}' in it stands for the kernel size. Default: CHECKPOINT_kK.pth beside it")
-    parser.add_argument('--std', type=float, default=1e-7, help='of the border (default: 1e-7)')
-    parser.add_argument('--seed', type=int, default=0, help='of the border (default: 0)')
+    parser.add_argument('--std', type=float, default=1e-7, help='standard deviation of the border (default: 1e-7)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the border (default: 0)')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
     parser.add_argument('--dry-run', action='store_true', help='check and print; write nothing but --report')
     parser.add_argument('--report', metavar='FILE', help='also write what was done as JSON')
@@ -37,9 +37,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.checkpoint = args.size.pop()
     names = [size for size in args.size if isinstance(size, str)]
     if names:
-        parser.error(f'argument --size: {names[0]} is no kernel size')
+        parser.error(f'argument --size: a kernel size must be an integer, but got {names[0]}')
     if args.checkpoint is None or not args.size:
-        parser.error('a checkpoint and a kernel size at least are required')
+        parser.error('a checkpoint and at least one kernel size are required')
     return args
 
 
@@ -56,7 +56,7 @@ def output_name(args: argparse.Namespace, size: int) -> str:
         stem, extension = os.path.splitext(source)
         return f'{stem}_k{size}{extension}'
     if len(set(args.size)) > 1 and '{size}' not in args.out:
-        raise CheckpointError(f"--out {args.out}: with several sizes, the name needs '{{size}}' in it")
+        raise CheckpointError(f"--out must contain '{{size}}' when there are several sizes, but got {args.out}")
     return args.out.replace('{size}', str(size))
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         check_output(path, args.checkpoint, args.force)
         target = os.path.realpath(path)
         if target in targets:
-            raise CheckpointError(f'the output {path} is named twice; outputs and --report are different files')
+            raise CheckpointError(f'all outputs and --report must be different files, but {path} is named twice')
         targets.add(target)
     checkpoint = read_checkpoint(args.checkpoint, logger='silent')
     reports = {}

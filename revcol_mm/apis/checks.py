@@ -1,11 +1,11 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""What a run needs, looked for before anything is built: its data sets, its weights, the checkpoint it goes on from."""
+"""Checks before anything is built: whether the data sets, the weights and the checkpoint of a run exist and can be read."""
 import json
 import os
 import os.path as osp
 import re
 import warnings
-from typing import Iterator, Sequence
+from typing import Iterator, Mapping, Sequence
 
 import torch
 from mmengine.config import Config
@@ -15,7 +15,7 @@ from ..checkpoint import read_checkpoint
 from ..checkpoint.safe import some
 from .errors import LaunchError
 
-#: How the well-known data sets must lie below their ``data_root``.
+#: Files and folders of well-known data sets below their ``data_root``.
 LAYOUTS = dict(
     CocoDataset='annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/*.jpg and val2017/*.jpg '
                 '(https://cocodataset.org/#download)',
@@ -25,14 +25,14 @@ LAYOUTS = dict(
 
 
 def check_data(cfg: Config, loaders: Sequence[str]) -> None:
-    """Looks for the annotation files and folders of the data loaders and evaluators that a run will use.
+    """Checks that the annotation files and folders of the data loaders and evaluators of a run exist.
 
     Args:
-        cfg: the config.
-        loaders: among 'train', 'val' and 'test'.
+        cfg (Config): the config.
+        loaders (Sequence[str]): among 'train', 'val' and 'test'.
 
     Raises:
-        LaunchError: if one is missing; the message says where the data must lie, and how to name another place.
+        LaunchError: if one is missing; the message tells where the data must be, and how to give another place.
     """
     for loader in loaders:
         section = f'{loader}_dataloader'
@@ -59,9 +59,9 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
 
 
 def _check_categories(dataset: dict, key: str) -> None:
-    """The classes that a COCO-format data set of one's own names must be categories of its annotation file.
+    """Checks that the classes of a COCO-format data set are categories of its annotation file.
 
-    Those that are not would be trained without a single object, or end in mmdet with another complaint.
+    Other classes would be trained without a single object, or end in another error of mmdet.
     """
     if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or not dataset.get('ann_file'):
         return
@@ -73,16 +73,17 @@ def _check_categories(dataset: dict, key: str) -> None:
         with open(path, encoding='utf-8') as file:
             categories = [category['name'] for category in json.load(file)['categories']]
     except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
-        raise LaunchError(f'{path} is no annotation file in COCO format: {type(error).__name__}: {error}') from error
+        raise LaunchError(f'{path} must be an annotation file in COCO format, but is not: {type(error).__name__}: '
+                          f'{error}') from error
     classes = [classes] if isinstance(classes, str) else list(classes)
     missing = [name for name in classes if name not in categories]
     if missing:
-        raise LaunchError(f'{path} has no category {some(missing)}, which {key}.metainfo.classes names; it has '
-                          f'{some(categories, 10)}')
+        raise LaunchError(f'{key}.metainfo.classes must be categories of {path}, which has {some(categories, 10)}, but got '
+                          f'{some(missing)}')
 
 
 def _datasets(dataset, key: str) -> Iterator[tuple[str, dict]]:
-    """The data sets inside wrappers (RepeatDataset, ConcatDataset, …), with their keys in the config."""
+    """The data sets inside of wrappers (RepeatDataset, ConcatDataset, …), with their keys in the config."""
     if not isinstance(dataset, dict):
         return
     if 'dataset' in dataset:
@@ -116,10 +117,10 @@ def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> 
 
 
 def check_pretrained(cfg: Config, config: str) -> None:
-    """Looks for the local file of ``model.backbone.init_cfg``, which a training needs, before anything is built.
+    """Checks that the local file of ``model.backbone.init_cfg`` exists, which a training needs.
 
     Raises:
-        LaunchError: if it is not there; the message says how to make it, or where the config ``config`` has it from.
+        LaunchError: if it does not exist; the message tells how to make it, or where the config ``config`` has it from.
     """
     init_cfg = ((cfg.get('model') or {}).get('backbone') or {}).get('init_cfg')
     path = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
@@ -140,15 +141,15 @@ def _check_exists(path: str | None, argument: str, remedy: str = '') -> None:
 
 
 def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> None:
-    """Looks at a local checkpoint before anything is built. One of FSDP's is a folder.
+    """Checks a local checkpoint before anything is built. A folder is a checkpoint of FSDP, and is not checked.
 
     Args:
-        path: the file; None is fine.
-        argument: what names it.
-        resume: whether a training goes on from it, which takes more than weights.
+        path (str | None): the file; None is not checked.
+        argument (str): the argument that names it.
+        resume (bool): whether a training is resumed from it, which needs more than weights. Default: False.
 
     Raises:
-        LaunchError: if it is not there, or not one that mmengine would load: of other files it loads nothing, and only warns.
+        LaunchError: if it does not exist, or is a file of which mmengine would load nothing and only warn.
         CheckpointError: if it cannot be read.
     """
     if not path or _is_remote(path) or osp.isdir(path):
@@ -159,14 +160,30 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     keys = list(content) if isinstance(content, dict) else []
     if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
         found = ', '.join(map(str, keys[:5])) or f'a {type(content).__name__}'
-        raise LaunchError(f'{path} is no checkpoint of a whole model: it holds {found} instead of a state_dict. '
+        raise LaunchError(f'{path} must be a checkpoint of a whole model, with a state_dict, but holds {found}. '
                           + place_of_backbones(path))
     missing = [key for key in ('meta', 'message_hub') if key not in keys]
     if resume and 'optimizer' not in keys:
-        warnings.warn(f'{path} holds no optimizer state, which starts afresh')
+        warnings.warn(f'{path} holds no optimizer state: the optimizer starts anew')
     if resume and missing:
-        raise LaunchError(f'{path} holds no {" and no ".join(missing)}, so no training can go on from it. To start one from '
-                          f'its weights: --cfg-options load_from={path}')
+        raise LaunchError(f'a training can be resumed only from a checkpoint with meta and message_hub, but {path} has no '
+                          f'{" and no ".join(missing)}. To start a training from its weights: --cfg-options load_from={path}')
+
+
+def find_differences(own: Mapping[str, torch.Size], weights: Mapping[str, torch.Tensor]) -> str:
+    """How the weights of a file differ from a model's, in words; '' if they fit. Counters of batches may be missing.
+
+    Args:
+        own (Mapping[str, torch.Size]): names and shapes of the model's weights.
+        weights (Mapping[str, Tensor]): those of the file.
+    """
+    missing = [key for key in own if key not in weights and not key.endswith('num_batches_tracked')]
+    surplus = [key for key in weights if key not in own]
+    different = [key for key in weights if key in own and weights[key].shape != own[key]]
+    shapes = [f'{key} {tuple(weights[key].shape)} instead of {tuple(own[key])}' for key in different]
+    found = '; '.join(f'{len(keys)} weights {word}: {some(keys)}' for keys, word in (
+        (missing, 'are missing'), (surplus, 'have no place in the model'), (shapes, 'have another shape')) if keys)
+    return found + '. Kernels grow by tools/pad_kernels.py' * any(key.endswith('.dwconv.weight') for key in different)
 
 
 def place_of_backbones(path: str) -> str:

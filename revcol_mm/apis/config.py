@@ -14,18 +14,18 @@ from .errors import PACKAGES, LaunchError
 
 
 class _Settings(DictAction):
-    """mmengine's, with a sentence for what is no KEY=VALUE."""
+    """mmengine's action, with an error message for a setting that is not KEY=VALUE."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
                  option_string: str | None = None) -> None:
         wrong = [value for value in values if '=' not in value]
         if wrong:
-            parser.error(f'argument {option_string}: {" ".join(wrong)} is no KEY=VALUE')
+            parser.error(f'argument {option_string}: every setting must be KEY=VALUE, but got {" ".join(wrong)}')
         super().__call__(parser, namespace, values, option_string)
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """``--cfg-options``, and the defaults of whatever else :func:`load_config` reads, for every tool that takes a config."""
+    """Adds ``--cfg-options`` and the defaults of what else :func:`load_config` reads, for every tool that takes a config."""
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     parser.add_argument('--cfg-options', nargs='+', action=_Settings, metavar='KEY=VALUE',
                         help='settings that replace those of the config, e.g. train_dataloader.batch_size=4 '
@@ -41,10 +41,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config with the command line's settings, its packages imported, and the fallbacks of a machine without a GPU.
+    """Reads the config, applies the settings of the command line, and imports the packages that it needs.
 
     Raises:
-        LaunchError: if the config or a package that it needs is missing, or it cannot be read.
+        LaunchError: if the config or a package that it needs is missing, or if the config cannot be read.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not osp.isfile(args.config):
@@ -54,7 +54,7 @@ def load_config(args: argparse.Namespace) -> Config:
     except ImportError as error:
         raise LaunchError(_name_missing_package(error, args.config)) from error
     except FileNotFoundError as error:
-        raise LaunchError(f'{args.config} inherits from a file that is not there: {error}') from error
+        raise LaunchError(f'{args.config} inherits from a file that does not exist: {error}') from error
     except (SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError, OSError) as error:  # OSError: no .py file
         raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
     if args.cfg_options is not None:
@@ -80,7 +80,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _find_own_config(name: str) -> str:
-    """The package's config of this name: from outside of the checkout, ``configs/x.py`` or ``x`` works too."""
+    """The path of the package's config of this name, ``configs/x.py`` or ``x``, which works outside of the checkout too."""
     try:
         return config_path(name.removeprefix('configs/'))
     except FileNotFoundError as error:
@@ -97,7 +97,7 @@ def _import_extras(cfg: Config, config: str) -> None:
 
 
 def _name_missing_package(error: ImportError, config: str) -> str:
-    """What to install. mmengine hides the missing module's name behind a new exception."""
+    """Names the package to install. mmengine replaces the exception that holds the name of the missing module."""
     cause: BaseException | None = error
     while cause is not None:
         name = getattr(cause, 'name', None)
@@ -114,7 +114,7 @@ def _name_missing_package(error: ImportError, config: str) -> str:
 
 
 def _register(scope: str) -> None:
-    """Registers all modules of mmdet, mmseg or mmpretrain, and makes it the default scope."""
+    """Registers all modules of mmdet, mmseg or mmpretrain."""
     utils = importlib.import_module(f'{scope}.utils')
     utils.register_all_modules(init_default_scope=False)
     if scope == 'mmdet':
@@ -122,7 +122,7 @@ def _register(scope: str) -> None:
 
 
 def _set_mmpretrain_dataloaders(cfg: Config) -> None:
-    """mmpretrain's own tools add these to every data loader, and its configs rely on it."""
+    """Adds to every data loader what the tools of mmpretrain add, because its configs rely on it."""
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(key)
         if loader:

@@ -12,10 +12,10 @@ from .errors import LaunchError
 
 
 def fit_to_cpu(cfg: Config) -> None:
-    """Changes what a machine without a GPU cannot run, and warns of what changes the training.
+    """Changes the settings that need a GPU, and warns of those that change the training.
 
-    Mixed precision becomes float32 and SyncBN becomes BN; DDP gets no device ids, FSDP the CPU as its device; and processes
-    talk through gloo, initialised here because mmengine calls CUDA whatever the backend.
+    Mixed precision becomes float32, and SyncBN becomes BN. DDP gets no device ids, and FSDP gets the CPU as its device. The
+    process group uses gloo and is initialised here, because mmengine calls CUDA with every backend.
     """
     wrapper = cfg.get('optim_wrapper')
     if wrapper and str(wrapper.get('type', '')).rpartition('.')[2] == 'AmpOptimWrapper':
@@ -86,5 +86,5 @@ def _init_gloo(launcher: str) -> None:
 def _check_environment(launcher: str, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise LaunchError(f'--launcher {launcher}: {", ".join(missing)} not set in the environment. Start the processes with '
-                          'tools/dist_train.sh, torchrun or srun, or leave --launcher out for one process')
+        raise LaunchError(f'--launcher {launcher} needs environment variables that are not set: {", ".join(missing)}. Start '
+                          'the processes with tools/dist_train.sh, torchrun or srun, or leave --launcher out for one process')

@@ -20,7 +20,7 @@ class LaunchError(RuntimeError):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the program with one sentence and exit status 1 for errors that its user can remedy; others keep their traceback."""
+    """Ends the program with one sentence and exit status 1 for errors that the user can remedy. Others keep their traceback."""
     try:
         yield
     except (LaunchError, CheckpointError, FileNotFoundError) as error:
@@ -32,10 +32,10 @@ def plain_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def model_errors(cfg: Config) -> Iterator[None]:
-    """While the config's model is built.
+    """To be used while the config's model is built.
 
     Raises:
-        LaunchError: for settings that the model refuses, an unknown ``type`` among them, and for a config without a model.
+        LaunchError: for settings that the model refuses, an unknown ``type`` for example, and for a config without a model.
     """
     if not cfg.get('model'):
         raise LaunchError(f'{cfg.filename} has no model')
@@ -47,7 +47,7 @@ def model_errors(cfg: Config) -> Iterator[None]:
 
 
 class _Begun(Hook):
-    """Tells the errors of a run from those of its parts, most of which a runner builds when the run is asked for."""
+    """Tells whether the run has begun. A runner builds most of its parts in the call that starts the run."""
 
     value = False
 
@@ -59,10 +59,10 @@ class _Begun(Hook):
 
 @contextlib.contextmanager
 def build_errors(cfg: Config, runner=None) -> Iterator[None]:
-    """While the parts of a run are built; with a ``runner``, while it runs.
+    """To be used while the parts of a run are built; with a ``runner``, while it runs.
 
     Raises:
-        LaunchError: for settings that a part refuses, with its place.
+        LaunchError: for settings that a part refuses, with the place in the code.
     """
     begun = _Begun()
     if runner is not None:

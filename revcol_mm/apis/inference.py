@@ -1,8 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Predictions on images of one's own: mmdet's, mmseg's and mmpretrain's inferencers behind one function.
+"""Predictions on your own images: one function for the inferencers of mmdet, mmseg and mmpretrain.
 
-The config's ``default_scope`` says which. Results are JSON in COCO's format: ``images.json`` lists images and categories, and
-``predictions.json`` what was found, so that ``COCO('images.json').loadRes('predictions.json')`` reads them.
+The config's ``default_scope`` selects the package. Results are JSON in COCO's format: ``images.json`` lists images and
+categories, and ``predictions.json`` the results, so that ``COCO('images.json').loadRes('predictions.json')`` reads them.
 """
 import copy
 import glob
@@ -29,7 +29,7 @@ from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.files import check_output, write_whole
 from ..checkpoint.loading import check_weights, find_meta, find_state_dict
 from ..checkpoint.safe import some
-from .checks import check_checkpoint
+from .checks import check_checkpoint, find_differences
 from .errors import PACKAGES, LaunchError, model_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -39,30 +39,25 @@ TOP = 5  # classes that a classifier's JSON names per image
 # Models ----------------------------------------------------------------------------------------------------------------------
 
 def load_weights(model: nn.Module, checkpoint: str) -> dict[str, Any]:
-    """Loads all of a model's weights, or none: mmengine's own loading only warns of what does not fit.
+    """Loads all of a model's weights, or none. mmengine's own loading only warns of those that do not fit.
 
     Args:
-        model: a whole detector, segmentor or classifier.
-        checkpoint: path or URL.
+        model (nn.Module): a whole detector, segmentor or classifier.
+        checkpoint (str): path or URL.
 
     Returns:
         dict: the checkpoint's ``meta``, {} if it has none.
 
     Raises:
-        LaunchError: there is no such file, or it is none of a whole model.
-        CheckpointError: it cannot be read, holds unusable weights, or some of other names or shapes.
+        LaunchError: if there is no such file, or if it does not hold a whole model.
+        CheckpointError: if it cannot be read, holds unusable weights, or weights with other names or shapes.
     """
     check_checkpoint(checkpoint, 'the command line')
     contents = read_checkpoint(checkpoint, logger=None)
     weights, meta = find_state_dict(contents, checkpoint)[0], find_meta(contents, checkpoint)
-    own = model.state_dict()
-    counters = {key for key in own if key.endswith('.num_batches_tracked')}  # files from elsewhere may lack them
-    problems = [f'{len(names)} {what}: {some(sorted(names))}' for what, names in (
-        ('weights are missing', set(own) - set(weights) - counters),
-        ('have no place in the model', set(weights) - set(own)),
-        ('have another shape', {key for key in set(own) & set(weights) if own[key].shape != weights[key].shape})) if names]
-    if problems:
-        raise CheckpointError(f'{checkpoint} does not fit the config\'s {type(model).__name__}: {"; ".join(problems)}')
+    differences = find_differences({key: value.shape for key, value in model.state_dict().items()}, weights)
+    if differences:
+        raise CheckpointError(f"{checkpoint} does not fit the config's {type(model).__name__}: {differences}")
     check_weights(weights, checkpoint)
     model.load_state_dict(weights, strict=False)
     return meta
@@ -72,10 +67,10 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     """The inferencer of the config's package, with the checkpoint's weights.
 
     Args:
-        cfg: from :func:`revcol_mm.apis.load_config`.
-        checkpoint: path or URL, of a whole model.
-        device: Default: a GPU if there is one.
-        deploy: fold the backbone (:meth:`RevCol.switch_to_deploy`). Default: False.
+        cfg (Config): from :func:`revcol_mm.apis.load_config`.
+        checkpoint (str): path or URL of a whole model.
+        device (str | None): Default: None, a GPU if there is one.
+        deploy (bool): fold the backbone (:meth:`RevCol.switch_to_deploy`). Default: False.
 
     Returns:
         DetInferencer | MMSegInferencer | ImageClassificationInferencer: its ``classes`` and their colours are the
@@ -83,12 +78,12 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
         or Cityscapes').
 
     Raises:
-        LaunchError, CheckpointError: see :func:`load_weights`; also a config of another package, without a test pipeline, or
-            of a model that cannot be built, and a device that is not there.
+        LaunchError, CheckpointError: as :func:`load_weights`; also for a config of another package, without a test pipeline,
+            or of a model that cannot be built, and for a device that does not exist.
     """
     scope = cfg.get('default_scope')
     if scope not in PACKAGES:
-        raise LaunchError(f'default_scope={scope!r}: inference is for the packages {", ".join(PACKAGES)}')
+        raise LaunchError(f'default_scope must be one of {", ".join(PACKAGES)} for inference, but got {scope!r}')
     check_checkpoint(checkpoint, 'the command line')
     device = device or get_device()
     check_device(device)
@@ -125,7 +120,7 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
 
 
 def check_device(device: str) -> None:
-    """Raises LaunchError for a device that is not there."""
+    """Raises LaunchError for a device that cannot be used."""
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
@@ -133,24 +128,24 @@ def check_device(device: str) -> None:
 
 
 def _with_test_pipeline(cfg: Config) -> Config:
-    """A config that is not tested (ImageNet-22K has no validation split), with its ``test_pipeline`` as a data loader's."""
+    """A config without a test (ImageNet-22K has no validation split), with a test data loader made of its ``test_pipeline``."""
     if not (cfg.get('test_pipeline') and cfg.get('train_dataloader')):
-        raise LaunchError(f'{cfg.filename} does not say how images are prepared: it has neither a test_dataloader nor a '
-                          'test_pipeline beside its train_dataloader')
+        raise LaunchError(f'{cfg.filename} must have a test_dataloader, or a test_pipeline beside its train_dataloader, which '
+                          'tells how images are prepared')
     cfg = copy.deepcopy(cfg)
     cfg.test_dataloader = dict(dataset=dict(cfg.train_dataloader.dataset, pipeline=cfg.test_pipeline))
     return cfg
 
 
 def _classes_and_palette(cfg: Config, meta: dict, scope: str) -> tuple[Sequence[str] | None, list | None]:
-    """The checkpoint's own, then those of the config's data set, then None."""
+    """Those of the checkpoint, else those of the config's data set, else None."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
     with DATASETS.switch_scope_and_registry(scope) as registry:
         kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
     defaults = getattr(kind, 'METAINFO', {})
-    # OpenMMLab's checkpoints before mmengine have CLASSES and PALETTE in their meta itself.
+    # OpenMMLab's checkpoints from before mmengine have CLASSES and PALETTE directly in their meta.
     for source in (meta.get('dataset_meta') or {}, meta, dataset.get('metainfo') or {}, defaults):
         source = {str(key).lower(): value for key, value in source.items()}
         if source.get('classes'):
@@ -161,10 +156,10 @@ def _classes_and_palette(cfg: Config, meta: dict, scope: str) -> tuple[Sequence[
 # Images ----------------------------------------------------------------------------------------------------------------------
 
 def find_images(patterns: Sequence[str]) -> list[str]:
-    """Files, the images anywhere below folders, and what globs (``*``, ``**``, ``?``) match, in order, each once.
+    """All images that the patterns name: files, folders (with all images below) and globs; in order, without repetition.
 
     Raises:
-        FileNotFoundError: for a name that stands for no file.
+        FileNotFoundError: for a pattern that names no image.
     """
     paths: list[str] = []
     for pattern in patterns:
@@ -179,7 +174,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
                 images.append(path)
         if not images:
             raise FileNotFoundError(f'there is no image {pattern}' if not found else
-                                    f'{pattern} holds no images ({", ".join(EXTENSIONS)})')
+                                    f'there are no images ({", ".join(EXTENSIONS)}) in {pattern}')
         paths += images
     unique: dict[str, str] = {}
     for path in paths:
@@ -191,7 +186,7 @@ def read_image(path: str) -> np.ndarray:
     """The image as the models' pipelines read it, (H, W, 3) BGR.
 
     Raises:
-        ValueError: if it is broken. OpenCV by itself fills up an image that is cut off, and goes on.
+        ValueError: if it is damaged. OpenCV alone would fill the missing part of an image and go on.
     """
     try:
         with Image.open(path) as image:
@@ -205,7 +200,7 @@ def read_image(path: str) -> np.ndarray:
 
 
 def output_names(paths: Sequence[str]) -> list[str]:
-    """A name for each image's outputs: the shortest that tells all apart, from the bare name to the path and extension."""
+    """A different name for the outputs of each image, as short as possible: from the bare name to the path with extension."""
     absolute = [osp.abspath(path) for path in paths]
     root = osp.commonpath([osp.dirname(path) for path in absolute])
     files, below = [osp.basename(path) for path in absolute], [osp.relpath(path, root) for path in absolute]
@@ -217,14 +212,14 @@ def output_names(paths: Sequence[str]) -> list[str]:
 
 def predict_image(inferencer, path: str, image: np.ndarray, draw: bool = True, score_thr: float = 0.3
                   ) -> tuple[list[dict], np.ndarray | None, np.ndarray | None]:
-    """What the model finds in one image.
+    """Predicts on one image.
 
     Args:
-        inferencer: from :func:`build_inferencer`.
-        path: the image's file.
-        image: its pixels, from :func:`read_image`.
-        draw: make a picture. Default: True.
-        score_thr: least score of what a detector's picture shows. Default: 0.3.
+        inferencer (BaseInferencer): from :func:`build_inferencer`.
+        path (str): the image's file.
+        image (np.ndarray): its pixels, from :func:`read_image`.
+        draw (bool): whether to make a picture. Default: True.
+        score_thr (float): lowest score that a detector's picture shows. Default: 0.3.
 
     Returns:
         tuple: COCO's results without ``image_id``, ``category_id`` being the model's label from 0; the label map (H, W), in
@@ -281,7 +276,7 @@ def _map_results(labels: np.ndarray) -> list[dict]:
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """COCO's run-length encoding of a (H, W) mask, ready for JSON."""
+    """COCO's run-length encoding of a (H, W) mask, which JSON can hold."""
     encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(size=[int(side) for side in encoded['size']], counts=encoded['counts'].decode())
 
@@ -289,7 +284,7 @@ def encode_mask(mask: np.ndarray) -> dict:
 # Whole runs ------------------------------------------------------------------------------------------------------------------
 
 def check_folder(path: str) -> None:
-    """Raises LaunchError where a folder can neither be nor be made, because it, or one above it, is a file."""
+    """Raises LaunchError if a folder cannot be made, because it, or one above it, is a file."""
     existing = osp.abspath(path)
     while not osp.lexists(existing):
         existing = osp.dirname(existing)
@@ -299,7 +294,7 @@ def check_folder(path: str) -> None:
 
 @dataclass
 class Numbering:
-    """Ids of images and categories: counted, or those of a COCO annotation file, ``source``, by their names."""
+    """Ids of images and categories: counted, or found by name in the COCO annotation file ``source``."""
     images: dict[str, int] = field(default_factory=dict)
     categories: dict[int, int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
@@ -307,10 +302,10 @@ class Numbering:
 
     @classmethod
     def from_annotations(cls, path: str) -> 'Numbering':
-        """Ids of images by file name, and of categories by name: :meth:`set_classes` says which of these the model knows.
+        """Reads the ids of images by file name, and of categories by name; call :meth:`set_classes` afterwards.
 
         Raises:
-            LaunchError: the file is missing, or no COCO annotations.
+            LaunchError: if the file is missing, or does not hold COCO annotations.
         """
         try:
             with open(path, encoding='utf-8') as file:
@@ -320,27 +315,29 @@ class Numbering:
         except OSError as error:
             raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}') from None
         except (KeyError, TypeError, ValueError) as error:
-            raise LaunchError(f'{path} holds no annotations in COCO format: {type(error).__name__}: {error}') from None
+            raise LaunchError(f'{path} must hold annotations in COCO format, but does not: {type(error).__name__}: '
+                              f'{error}') from None
         if len(images) < len(annotations['images']):
-            raise LaunchError(f'{path} has images of the same name in several folders, so names do not tell their ids')
+            raise LaunchError(f'the images of {path} must have different file names, because their ids are found by name, but '
+                              'some in different folders have the same')
         return cls(images, names=names, source=path)
 
     def set_classes(self, classes: Sequence[str] | None) -> None:
         """Finds the categories of the model's classes.
 
         Raises:
-            LaunchError: the annotations lack one of the classes, or these are unknown.
+            LaunchError: if the annotations lack one of the classes, or if the classes are not known.
         """
         if not classes:
-            raise LaunchError(f'the categories of {self.source} are found by name, and neither the checkpoint nor the data set '
-                              "of test_dataloader names the model's classes: add metainfo=dict(classes=(…)) to the data set")
+            raise LaunchError(f'the categories of {self.source} are found by name, but neither the checkpoint nor the data set '
+                              "of test_dataloader has the names of the model's classes: add metainfo=dict(classes=(…)) to it")
         missing = [name for name in classes if name not in self.names]
         if missing:
-            raise LaunchError(f'{self.source} has no categories {some(missing)}, which the model predicts')
+            raise LaunchError(f'{self.source} must have all categories that the model predicts, but has no {some(missing)}')
         self.categories = {label: self.names[name] for label, name in enumerate(classes)}
 
     def image(self, path: str, index: int) -> int:
-        """The id of an image. Raises ValueError for one that the annotations do not name."""
+        """The id of an image. Raises ValueError for an image that the annotations do not contain."""
         if not self.images:
             return index + 1
         if osp.basename(path) not in self.images:
@@ -353,7 +350,7 @@ class Numbering:
 
 @dataclass
 class Summary:
-    """What a run did: images predicted, results, and for every image left out its path and the reason."""
+    """Result of a run: number of images and of results, and the reason for every image that was skipped, by path."""
     images: int = 0
     results: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
@@ -364,24 +361,24 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
             progress: Callable[[Sequence], Iterator] = iter) -> Summary:
     """Predicts on images, and writes ``images.json``, ``predictions.json``, and pictures and label maps into folders.
 
-    An image that cannot be read, or that the model refuses, is left out. The JSON files appear when all is done.
+    An image that cannot be read, or that the model refuses, is skipped. The JSON files appear at the end.
 
     Args:
-        inferencer: from :func:`build_inferencer`.
-        paths: from :func:`find_images`.
-        out: the folder; made if it is not there.
-        draw: write pictures to ``vis``. Default: True.
-        score_thr: least score of what a detector's picture shows; the JSON holds all. Default: 0.3.
-        numbering: ids. Default: images from 1, categories from 0.
-        force: replace an earlier run's files. Default: False.
-        progress: wraps the sequence of images, to show how far the run is.
+        inferencer (BaseInferencer): from :func:`build_inferencer`.
+        paths (Sequence[str]): from :func:`find_images`.
+        out (str): the folder; made if it does not exist.
+        draw (bool): whether to write pictures to ``vis``. Default: True.
+        score_thr (float): lowest score that a detector's picture shows; the JSON holds all. Default: 0.3.
+        numbering (Numbering | None): ids. Default: None, images from 1 and categories from 0.
+        force (bool): whether to replace the files of an earlier run. Default: False.
+        progress (Callable): wraps the sequence of images, for example in a progress bar. Default: iter.
 
     Returns:
         Summary: of the run.
 
     Raises:
-        CheckpointError: the outputs exist, or are inputs.
-        LaunchError: ``out`` is no folder.
+        CheckpointError: if the outputs exist, or are inputs.
+        LaunchError: if ``out`` is not a folder.
     """
     check_folder(out)
     numbering = numbering or Numbering()

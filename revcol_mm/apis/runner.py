@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import kernels_of
 from ..checkpoint.safe import some
-from .checks import place_of_backbones
+from .checks import find_differences, place_of_backbones
 from .cpu import fit_to_cpu
 from .errors import LaunchError, build_errors
 
@@ -67,16 +67,9 @@ class CheckedLoading:
     def _check_same_weights(self, filename: str) -> None:
         if osp.isdir(filename):  # one of FSDP's local checkpoints
             return
-        own, weights = self._shapes(), _weights(filename)
-        missing = [key for key in own if key not in weights and not key.endswith('num_batches_tracked')]
-        surplus = [key for key in weights if key not in own]
-        different = [key for key in weights if key in own and weights[key].shape != own[key]]
-        shapes = [f'{key} {tuple(weights[key].shape)} instead of {tuple(own[key])}' for key in different]
-        found = [f'{len(keys)} weights {word}: {some(keys)}' for keys, word in (
-            (missing, 'are missing'), (surplus, 'have no place in the model'), (shapes, 'have another shape')) if keys]
-        if found:
-            padding = '. Kernels grow by tools/pad_kernels.py' * any(key.endswith('.dwconv.weight') for key in different)
-            raise CheckpointError(f"{filename} does not fit the config's model: {'; '.join(found)}{padding}")
+        differences = find_differences(self._shapes(), _weights(filename))
+        if differences:
+            raise CheckpointError(f"{filename} does not fit the config's model: {differences}")
 
     def _check_some_fit(self, filename: str) -> None:
         if osp.isdir(filename):

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""``tools/test.py``."""
+"""Testing, for ``tools/test.py``."""
 import argparse
 import os.path as osp
 from typing import Sequence
@@ -14,7 +14,7 @@ from .tta import set_tta
 
 
 def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of ``tools/test.py``: those of mmdet's."""
+    """Parses the arguments of ``tools/test.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Tests a detector, a segmentor or a classifier, and prints its metrics')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -28,21 +28,21 @@ def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def test(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """``tools/test.py``.
+    """Runs ``tools/test.py``.
 
     Returns:
         dict: the metrics.
 
     Raises:
         LaunchError: for what the user can remedy.
-        CheckpointError: the checkpoint cannot be read, or does not fit the model.
+        CheckpointError: if the checkpoint cannot be read, or does not fit the model.
     """
     args = parse_test_args(argv)
     cfg = load_config(args)
     scope = cfg.get('default_scope')
     missing = [key for key in ('test_dataloader', 'test_evaluator') if not cfg.get(key)]
     if missing:
-        raise LaunchError(f'{args.config} has no {" and no ".join(missing)}, so there is nothing to test on')
+        raise LaunchError(f'{args.config} must have test_dataloader and test_evaluator, but has no {" and no ".join(missing)}')
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
     check_checkpoint(args.checkpoint, 'the command line')
@@ -54,7 +54,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     dump = args.out is not None and args.out.endswith(('.pkl', '.pickle'))
     if args.out is not None and not dump:
         if scope != 'mmseg':
-            raise LaunchError(f'--out {args.out}: a file that ends in .pkl or .pickle')
+            raise LaunchError(f'--out must be a file that ends in .pkl or .pickle, but got {args.out}')
         evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
         for evaluator in evaluators:
             evaluator.update(output_dir=args.out, keep_results=True)
@@ -69,10 +69,10 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
-    """Each package's visualization hook has its own words for the same."""
+    """Sets the visualization hook, whose arguments have other names in every package."""
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
-        raise LaunchError(f'--show and --show-dir need a visualization hook in default_hooks, which {args.config} lacks')
+        raise LaunchError(f'--show and --show-dir need a visualization hook in default_hooks, but {args.config} has none')
     hook.update(show=args.show, wait_time=args.wait_time)
     if cfg.default_scope == 'mmpretrain':
         hook.update(enable=True, out_dir=args.show_dir)

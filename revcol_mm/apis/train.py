@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""``tools/train.py``."""
+"""Training, for ``tools/train.py``."""
 import argparse
 from typing import Sequence
 
@@ -13,12 +13,12 @@ from .runner import build_runner, leave_process_group
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments of ``tools/train.py``: those of mmdet's."""
+    """Parses the arguments of ``tools/train.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Trains a detector, a segmentor or a classifier')
     parser.add_argument('config', help='config file')
-    parser.add_argument('--amp', action='store_true', help='mixed precision (float32 where there is no GPU)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (without a GPU: float32)')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from this checkpoint, or, with "auto" or nothing, from the last one in the work folder')
+                        help='go on from this checkpoint; with "auto" or nothing, from the last one in the work folder')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
     add_run_arguments(parser)
@@ -26,7 +26,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """``tools/train.py``.
+    """Runs ``tools/train.py``.
 
     Raises:
         LaunchError: for what the user can remedy.
@@ -51,9 +51,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's
             raise
-        raise LaunchError('a BatchNorm has met a single value per channel (in UPerNet behind its 1×1 pooling), so this model '
-                          'cannot train on one image at a time: raise train_dataloader.batch_size, or train on several GPUs '
-                          f'with norm_cfg.type=SyncBN ({error})') from error
+        raise LaunchError('BatchNorm needs more than one value per channel, but got one (in UPerNet behind its 1×1 pooling), '
+                          'so this model cannot train on one image at a time: raise train_dataloader.batch_size, or train on '
+                          f'several GPUs with norm_cfg.type=SyncBN ({error})') from error
     del runner
     leave_process_group()
 
@@ -61,13 +61,13 @@ def train(argv: Sequence[str] | None = None) -> None:
 def _set_resume(cfg: Config, resume: str | None) -> None:
     if resume == 'auto' and find_latest_checkpoint(cfg.work_dir) is None:
         start = f'from the weights of {cfg.load_from}' if cfg.get('load_from') else 'from the beginning'
-        print(f'--resume auto: no checkpoint of this run in {cfg.work_dir}, so the training starts {start}')
+        print(f'--resume auto: there is no checkpoint in {cfg.work_dir}, so the training starts {start}')
     elif resume is not None:
         cfg.resume, cfg.load_from = True, None if resume == 'auto' else resume
 
 
 def _set_auto_scale_lr(cfg: Config, path: str) -> None:
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-        raise LaunchError(f'--auto-scale-lr: {path} does not say for which batch size its learning rate is: add '
+        raise LaunchError(f'--auto-scale-lr needs the batch size that the learning rate of {path} is made for: add '
                           'auto_scale_lr=dict(base_batch_size=…)')
     cfg.auto_scale_lr.enable = True

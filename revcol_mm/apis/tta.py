@@ -13,7 +13,7 @@ TTA_SCALES = dict(mmdet=(1.0, 0.75, 1.25), mmseg=(1.0, 0.5, 0.75, 1.25, 1.5, 1.7
 
 
 def set_tta(cfg: Config) -> None:
-    """Turns the model into one with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``, or our defaults.
+    """Replaces the model by one with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``, or defaults.
 
     The default views are the test pipeline at several scales, plain and flipped. Detections are merged by
     :class:`revcol_mm.detection.InstanceTTAModel` (which stands in for mmdet's ``DetTTAModel`` too, since that one refuses
@@ -24,7 +24,7 @@ def set_tta(cfg: Config) -> None:
     """
     scope = cfg.get('default_scope')
     if scope not in TTA_SCALES and not ('tta_model' in cfg and 'tta_pipeline' in cfg):
-        raise LaunchError(f'--tta: no default for default_scope={scope!r}: add tta_model and tta_pipeline to the config')
+        raise LaunchError(f'--tta has no default for default_scope={scope!r}: add tta_model and tta_pipeline to the config')
     models = dict(mmdet=dict(type='InstanceTTAModel', tta_cfg=dict(nms=_detector_nms(cfg.model), max_per_img=100)),
                   mmseg=dict(type='SegTTAModel'), mmpretrain=dict(type='HeadScoreTTA'))
     model = ConfigDict(cfg.get('tta_model') or models[scope])
@@ -37,24 +37,24 @@ def set_tta(cfg: Config) -> None:
     while 'dataset' in dataset:
         dataset = dataset.dataset
     if 'pipeline' not in dataset:
-        raise LaunchError(f'--tta: {dataset.get("type")} in test_dataloader has no pipeline to augment')
+        raise LaunchError(f'--tta needs a data set with a pipeline, but {dataset.get("type")} in test_dataloader has none')
     pipeline = cfg.get('tta_pipeline') or default_tta_pipeline(dataset.pipeline, TTA_SCALES[scope])
     cfg.model = ConfigDict(model, module=cfg.model)
     dataset.pipeline = pipeline
 
 
 def _detector_nms(model: dict) -> dict:
-    """The detector's own last NMS, which belongs to its scores; plain NMS at 0.5 for detectors without one."""
+    """The detector's own last NMS, which fits its scores; plain NMS at 0.5 for detectors without one."""
     test_cfg = model.get('test_cfg') or {}
     return (test_cfg.get('rcnn') or test_cfg).get('nms') or dict(type='nms', iou_threshold=0.5)
 
 
 def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> list[dict]:
-    """A test pipeline's views at several scales, plain and flipped.
+    """The views of a test pipeline at several scales, plain and flipped.
 
     Args:
-        pipeline: the test pipeline: loading, transforms, among them one that resizes, and packing at the end.
-        scales: factors of the size that it resizes to. A pipeline without resizing is only flipped.
+        pipeline (Sequence[dict]): the test pipeline: loading, transforms, among them one that resizes, and packing at the end.
+        scales (Sequence[float]): factors of the size that it resizes to. A pipeline without resizing is only flipped.
     """
     def kind(step: dict) -> str:
         return str(step['type']).rpartition('.')[2]
@@ -64,7 +64,7 @@ def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> l
     if kind(pack) == 'PackDetInputs':
         keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
         pack['meta_keys'] = tuple(dict.fromkeys([*keys, 'flip', 'flip_direction']))
-    # The annotations stay those of the image as it is: loaded behind the flip.
+    # The annotations are those of the image as it is, so they are loaded after the flip.
     annotations = [step for step in steps if kind(step) == 'LoadAnnotations']
     steps = [step for step in steps if kind(step) != 'LoadAnnotations']
     at = next((index for index, step in enumerate(steps) if 'Resize' in kind(step) and step.get('scale') is not None),

@@ -32,7 +32,7 @@ BACKGROUND = len(DIGITS)
 _MARK = 'digits.json'
 _MAKER = 'revcol_mm.datasets.digits'
 _ENTRIES = {_MARK, 'annotations', 'train', 'val', 'semantic', 'crops'}
-_FORMAT = 4  # to be raised when the same arguments give other files
+_FORMAT = 4  # raise it when the same arguments give other files
 
 _SIDES = (28, 64)  # pixels of a digit's longer side
 _OVERLAPPING = 0.25  # share of the digits that may be pasted over others
@@ -51,16 +51,16 @@ class Sample(NamedTuple):
 
 def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val: int = 200, size: int = 128,
                 seed: int = 0) -> bool:
-    """Writes the data set, or leaves it alone where it was made with the same arguments.
+    """Writes the data set, or does nothing where it was made with the same arguments before.
 
-    The folder appears when it is complete. A data set made before with other arguments is replaced; anything else is not.
+    The folder appears when it is complete. A data set that was made with other arguments is replaced; nothing else is.
 
     Args:
-        root: folder to make.
-        num_train: training images. Default: 1600.
-        num_val: validation images. Default: 200.
-        size: width and height of the images, in pixels. Default: 128.
-        seed: the same arguments give the same bytes. Default: 0.
+        root (str | Path): folder to make. Default: 'data/digits'.
+        num_train (int): number of training images. Default: 1600.
+        num_val (int): number of validation images. Default: 200.
+        size (int): width and height of the images, in pixels. Default: 128.
+        seed (int): the same arguments give the same bytes. Default: 0.
 
     Returns:
         bool: whether anything was written.
@@ -72,7 +72,7 @@ def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val
     """
     for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('size', size, 64), ('seed', seed, 0)):
         if not isinstance(value, int) or value < least:
-            raise ValueError(f'{name}={value!r}: an integer of at least {least}')
+            raise ValueError(f'{name} must be an integer of at least {least}, but got {value!r}')
     root = Path(root)
     made = dict(maker=_MAKER, format=_FORMAT, num_train=num_train, num_val=num_val, size=size, seed=seed)
     replaces = root.exists() or root.is_symlink()
@@ -116,7 +116,7 @@ def _load_samples() -> dict[str, list[Sample]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('the handwritten digits come with scikit-learn: pip install scikit-learn') from error
+        raise ImportError('the digits need scikit-learn, which is not installed: pip install scikit-learn') from error
     digits = load_digits()
     samples: dict[str, list[Sample]] = dict(train=[], val=[])
     order = np.random.default_rng(0).permutation(len(digits.target))

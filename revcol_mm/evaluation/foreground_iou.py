@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Needs mmsegmentation; a config names it in ``custom_imports``."""
+"""IoU without the background."""
 from typing import Sequence
 
 from mmseg.evaluation import IoUMetric
@@ -8,13 +8,13 @@ from mmseg.registry import METRICS
 
 @METRICS.register_module()
 class ForegroundIoUMetric(IoUMetric):
-    """IoU, accuracy and so on over the classes that matter: a large background, nearly always right, would flatter the mean.
+    """IoU and accuracy without the background, which is large and easy, and would raise the mean.
 
-    Pixels of the left-out classes still count where a digit was predicted on them, or they on a digit. ``aAcc`` is the share of
-    the foreground's pixels that were labelled right.
+    Background pixels still count where a foreground class was predicted on them, or the background on a foreground class.
+    ``aAcc`` is the share of foreground pixels with the right label.
 
     Args:
-        background (Sequence[str]): names of the classes to leave out of the table and of the means. Default: ('background', ).
+        background (Sequence[str]): names of the classes to leave out. Default: ('background', ).
         **kwargs: as mmseg's :class:`IoUMetric`.
     """
 

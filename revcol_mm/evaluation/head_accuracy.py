@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Accuracy of each of the heads on the columns."""
+"""Accuracy of every head of intermediate supervision."""
 from typing import Sequence
 
 import torch
@@ -14,8 +14,8 @@ class HeadAccuracy(BaseMetric):
     The heads count from 0, on column COL/4, to 3, on the last column.
 
     Args:
-        collect_device (str): where results of several processes are gathered. Default: 'cpu'.
-        prefix (str, optional): Default: 'accuracy'.
+        collect_device (str): device on which the results of several processes are gathered. Default: 'cpu'.
+        prefix (str | None): prefix of the metrics' names. Default: None, 'accuracy'.
 
     Raises:
         ValueError: if the predictions have no ``head_scores``.
@@ -26,7 +26,7 @@ class HeadAccuracy(BaseMetric):
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         for sample in data_samples:
             if 'head_scores' not in sample:
-                raise ValueError('HeadAccuracy: the predictions hold no head_scores; it takes a model with '
+                raise ValueError('HeadAccuracy needs predictions with head_scores, but they have none: use a model with '
                                  'head=dict(type="IntermediateSupervisionHead", score_every_head=True)')
             self.results.append((sample['head_scores'].argmax(1) == sample['gt_label']).cpu())  # (heads, )
 

@@ -1,8 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Where the configs are, wherever the package was installed from.
+"""Finds the configs by name, in a checkout and in an installed package.
 
-mmengine resolves ``pkg::path`` for a fixed list of packages only, and wants a slash in ``path``. A plain path has neither
-limit: :func:`config_path` replaces ``revcol_mm::``.
+mmengine resolves ``pkg::path`` for a fixed list of packages only. :func:`config_path` takes the place of ``revcol_mm::``.
 """
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def config_folder() -> Path:
 def config_path(name: str) -> str:
     """Returns the path of one of the package's configs.
 
-    A config of one's own inherits from it, in every tool, without importing anything first::
+    Your own config inherits from it as follows, in every tool, without an import before::
 
         _base_ = __import__('revcol_mm').config_path('cascade_rcnn_revcol_b')
 
@@ -31,13 +30,13 @@ def config_path(name: str) -> str:
         str: The absolute path.
 
     Raises:
-        FileNotFoundError: If there is no such config; the message lists those there are.
+        FileNotFoundError: If there is no such config; the message lists all configs.
     """
     folder = config_folder()
     path = folder / (name if name.endswith('.py') else f'{name}.py')
     if not path.is_file():
         there = sorted(file.relative_to(folder).with_suffix('').as_posix() for file in folder.rglob('*.py'))
-        raise FileNotFoundError(f'revcol_mm has no config {name!r}; it has: {", ".join(there)}')
+        raise FileNotFoundError(f'revcol_mm has no config {name!r}; its configs are {", ".join(there)}')
     return str(path)
 
 

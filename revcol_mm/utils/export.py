@@ -13,7 +13,7 @@ from ..checkpoint import CheckpointError
 from ..checkpoint.files import check_output
 from ..models import RevCol
 
-#: Heights and widths that an export is checked at: the smallest that detectors' necks make use of, and odd ones.
+#: Heights and widths at which an export is checked, odd ones among them.
 SIZES = ((64, 64), (97, 131), (160, 65))
 #: Largest accepted difference from torch, relative to the largest value of the output.
 TOLERANCE = 1e-4
@@ -24,12 +24,12 @@ def export_onnx(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = 
                 force: bool = False) -> dict[tuple[int, int], float]:
     """Writes a backbone, folded, as ONNX: input ``images`` (N, in_channels, H, W), outputs ``level0`` … as in ``out_indices``.
 
-    A copy is folded (:meth:`RevCol.switch_to_deploy`) and exported in float32 on the CPU; the backbone stays as it is. Up to
-    2 GB, the file holds the weights; above, they lie beside it in ``<path>.data``. Needs onnx and onnxruntime.
+    A copy is folded (:meth:`RevCol.switch_to_deploy`) and exported in float32 on the CPU; the backbone does not change. The
+    file holds the weights up to 2 GB; larger weights are in ``<path>.data`` beside it. It needs onnx and onnxruntime.
 
     Args:
         backbone: the weights to export.
-        path: the file; it appears once the check has passed, and an earlier one is left as it was if not.
+        path: the file. It appears when the check has passed; otherwise an earlier file stays as it was.
         sizes: (height, width) to check at. Default: three, from 64 up, odd ones too.
         opset: version of ONNX's operators, from 17. Default: 17.
         force: replace a file that exists. Default: False.
@@ -44,7 +44,7 @@ def export_onnx(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = 
     """
     import onnx
     if opset < 17:
-        raise ValueError(f'opset={opset}: 17 or later, which has LayerNorm')
+        raise ValueError(f'opset must be 17 or later, which has LayerNorm, but got {opset}')
     for output in (path, f'{path}.data'):
         check_output(output, '', force)
     backbone = copy.deepcopy(backbone).cpu().float()
@@ -70,7 +70,7 @@ def export_onnx(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = 
             for entry in sorted(os.listdir(osp.dirname(file)), reverse=True):  # the weights first
                 os.replace(osp.join(osp.dirname(file), entry), osp.join(folder, entry))
     except OSError as error:
-        raise CheckpointError(f'{path} could not be written: {error.strerror or error}; nothing is left of it') from None
+        raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no partial file is left') from None
     return deviations
 
 
@@ -93,11 +93,11 @@ def compare(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = SIZE
         found = [torch.from_numpy(output) for output in session.run(None, {INPUT: images.numpy()})]
         shapes = [tuple(output.shape) for output in found]
         if shapes != [tuple(output.shape) for output in expected]:
-            raise RuntimeError(f'at {size[0]}×{size[1]}, onnxruntime returns the shapes {shapes}, and torch '
-                               f'{[tuple(output.shape) for output in expected]}; nothing was written')
+            raise RuntimeError(f'at {size[0]}×{size[1]}, onnxruntime returns the shapes {shapes}, but torch '
+                               f'returns {[tuple(output.shape) for output in expected]}; nothing was written')
         deviation = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
         if not deviation <= TOLERANCE:
             raise RuntimeError(f'at {size[0]}×{size[1]}, onnxruntime differs from torch by {deviation:.2g} of the largest '
-                               f'value, and {TOLERANCE:g} is allowed; nothing was written')
+                               f'value, but at most {TOLERANCE:g} is allowed; nothing was written')
         deviations[tuple(size)] = deviation
     return deviations

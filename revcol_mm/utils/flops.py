@@ -1,12 +1,12 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Parameters and multiply-adds of a config's model, part by part, on the meta device: no memory, whatever the size.
+"""Parameters and multiply-adds of a config's model, part by part, counted on the meta device, which needs no memory.
 
-One multiply-add is one FLOP here, as in the RevCol paper, in Swin's and ConvNeXt's, and in OpenMMLab's tables. Counted are
-convolutions, linear layers, matrix products, attention, and deformable attention; norms, activations, additions and
+One multiply-add is one FLOP here, as in the RevCol paper, in Swin's and ConvNeXt's, and in OpenMMLab's tables. Convolutions,
+ linear layers, matrix products, attention, and deformable attention; norms, activations, additions and
 interpolation are not.
 
-Two-stage detectors are counted as in those tables: every stage's box head sees 1000 proposals and its mask head 100 boxes, and
-RoIAlign itself is free. Auxiliary heads are no part of a prediction: they have parameters and no FLOPs.
+Two-stage detectors are counted as in those tables: the box head of every stage gets 1000 proposals and its mask head 100 boxes,
+and RoIAlign counts nothing. Auxiliary heads take no part in a prediction: only their parameters are counted.
 """
 from collections import Counter
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def default_shape(cfg: Config) -> tuple[int, int]:
     size of the test crop, or of the training crop in a config without a test.
 
     Raises:
-        ValueError: if the config does not tell.
+        ValueError: if the config does not tell the size.
     """
     scope = cfg.get('default_scope')
     if scope == 'mmdet':
@@ -64,7 +64,7 @@ def default_shape(cfg: Config) -> tuple[int, int]:
             size = step.get('crop_size') or step.get('scale')
             if step.type in ('CenterCrop', 'Resize', 'RandomResizedCrop') and size:
                 return (size, size) if isinstance(size, int) else tuple(size)
-    raise ValueError(f'no usual input size is known for the scope {scope!r} of this config: name one with --shape H W')
+    raise ValueError(f'the usual input size of default_scope={scope!r} is not known: give one with --shape H W')
 
 
 def count(cfg: Config, shape: Sequence[int] | None = None) -> dict[str, Cost]:
@@ -82,7 +82,7 @@ def count(cfg: Config, shape: Sequence[int] | None = None) -> dict[str, Cost]:
     """
     shape = tuple(shape) if shape is not None else default_shape(cfg)
     if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f'shape={shape!r}: two positive integers, height and width')
+        raise ValueError(f'shape must be two positive integers, height and width, but got {shape!r}')
     return count_model(build_on_meta(cfg), shape)
 
 
@@ -107,7 +107,7 @@ def _part(name: str) -> str:
 
 
 def _forward(model: nn.Module, image: Tensor) -> None:
-    """Runs what predicts, without the steps between that cost nothing and depend on values (proposals, NMS, RoIAlign)."""
+    """Runs the networks of a prediction, without the steps that depend on values (proposals, NMS, RoIAlign)."""
     if hasattr(model, 'roi_head'):
         features = model.extract_feat(image)
         model.rpn_head(features)
@@ -147,9 +147,9 @@ def _forward_roi_head(roi_head: nn.Module, features: Sequence[Tensor]) -> None:
 
 @contextmanager
 def _by_part(model: nn.Module, total: Callable[[], int]) -> Iterator[Counter]:
-    """While it is open, what ``total`` grows by is booked on the part of the model whose module is running.
+    """Books every increase of ``total`` on the part of the model whose module is running.
 
-    Every module's ``forward`` is wrapped, rather than hooked, since OpenMMLab's heads are at times entered by ``.forward(…)``.
+    It wraps ``forward`` of every module instead of using hooks, because OpenMMLab sometimes calls ``head.forward(…)``.
     """
     booked: Counter = Counter()
     running, seen = ['other'], 0
@@ -189,8 +189,8 @@ def _by_part(model: nn.Module, total: Callable[[], int]) -> Iterator[Counter]:
 class _Sizes(Tensor):
     """Heights and widths of feature maps, kept on the CPU.
 
-    Deformable transformers put them into a tensor beside the features and read them back; on the meta device there would be
-    nothing to read. Where they meet the meta device, single numbers become Python's, and tensors join the others there.
+    Deformable transformers put them into a tensor and read their values back, which a meta tensor does not have. Where they are
+    used together with meta tensors, single numbers become Python's numbers, and tensors become meta tensors.
     """
 
     @classmethod
@@ -212,7 +212,7 @@ class _Sizes(Tensor):
 
 @contextmanager
 def _meta_transformers() -> Iterator[None]:
-    """Lets transformers run on the meta device and through operators that the counter knows."""
+    """Lets transformers run on the meta device, through operators that the counter knows."""
     shape_as_tensor, fastpath = torch._shape_as_tensor, torch.backends.mha.get_fastpath_enabled()
     torch._shape_as_tensor = lambda x: torch.tensor(tuple(x.shape), device='cpu').as_subclass(_Sizes)
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator otherwise

@@ -14,7 +14,7 @@ class ReversibleDriftHook(Hook):
     After a training iteration, the largest ``drift`` of all modules that train with ``reversible=True`` stands under
     ``train/drift`` in the message hub, and from there in the log, the JSON file and TensorBoard. It is how far the features
     that the backward pass rebuilt were from those of the forward pass, relative to the largest feature
-    (see :mod:`revcol_mm.models.reversible`); 1e-6 is usual in float32. Nothing is written while no backward pass has
+    (see :mod:`revcol_mm.reversible`); 1e-6 is usual in float32. Nothing is written before the first backward pass has
     measured one.
 
     Args:
@@ -28,7 +28,7 @@ class ReversibleDriftHook(Hook):
 
     def __init__(self, interval: int = 1) -> None:
         if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'interval={interval!r}: a positive number of iterations')
+            raise ValueError(f'interval must be a positive integer, but got {interval!r}')
         self.interval = interval
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:

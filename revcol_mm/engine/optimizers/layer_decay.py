@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Layer-wise learning-rate decay for any model whose backbone knows the depth of its parameters."""
+"""Layer-wise learning-rate decay for every model whose backbone tells the depth of its parameters."""
 
 import torch
 from mmengine.logging import print_log
@@ -16,7 +16,7 @@ _WRAPPERS = ('module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_o
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Learning rates that fall with the depth of a layer, for mmdet, mmseg and mmpretrain models alike.
+    """Layer-wise learning-rate decay for models of mmdet, mmseg and mmpretrain.
 
     A parameter of layer ``id`` learns with ``lr * layer_decay_rate ** (num_layers - id - 1)``. The backbone says where its
     parameters sit: ``get_layer_depth(name, prefix) -> (id, num_layers)``; everything outside of the backbone belongs to the
@@ -24,8 +24,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     reversible columns, unless ``decay_gamma``. Parameters without gradient are left out of the optimizer.
 
     Every scheduler that works with factors (LinearLR, MultiStepLR, PolyLR and CosineAnnealingLR with ``eta_min_ratio``)
-    keeps the ratios between the layers, as does ``--auto-scale-lr``; an absolute ``eta_min`` is the same for all layers, and
-    may lie above the rate of the first ones.
+    keeps the ratios between the layers, as does ``--auto-scale-lr``; an absolute ``eta_min`` is the same for all layers,
+    and may be larger than the rate of the first ones.
 
     Example::
 
@@ -52,15 +52,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         given = dict(paramwise_cfg or {})
         unknown = sorted(set(given) - set(defaults))
         if unknown:
-            raise ValueError(f'paramwise_cfg has {unknown}: LayerDecayOptimWrapperConstructor knows {sorted(defaults)}. Keys '
-                             'inherited from a base config go away with paramwise_cfg=dict(_delete_=True, …)')
+            raise ValueError(f'paramwise_cfg of LayerDecayOptimWrapperConstructor may hold {sorted(defaults)}, but got '
+                             f'{unknown}. Keys from a base config are removed by paramwise_cfg=dict(_delete_=True, …)')
         super().__init__(optim_wrapper_cfg, dict(defaults, **given))
         self._dims: dict[int, int] = {}
         rate = self.paramwise_cfg['layer_decay_rate']
         if not 0 < rate <= 1:
-            raise ValueError(f'paramwise_cfg: layer_decay_rate={rate!r}: above 0, at most 1')
+            raise ValueError(f'layer_decay_rate in paramwise_cfg must be above 0 and at most 1, but got {rate!r}')
         if self.base_lr is None:
-            raise ValueError('optim_wrapper.optimizer has no lr, which the rates of the layers are multiples of')
+            raise ValueError('optim_wrapper.optimizer must have lr, which the rates of the layers are multiples of')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         self._dims = _unsharded_dims(model)  # before mmengine takes the wrapper off
@@ -69,14 +69,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Appends the parameter groups of ``module`` to ``params``, those of the last layer first.
 
-        The first group's rate is the one in the log: the last layer's is the rate that the config names.
+        mmengine logs the rate of the first group, and the last layer has the rate that the config names.
         """
         rate, custom_keys = self.paramwise_cfg['layer_decay_rate'], self.paramwise_cfg['custom_keys']
         keys = sorted(sorted(custom_keys), key=len, reverse=True)
         backbones = _find_backbones(module)
         if rate < 1 and not backbones:
-            raise TypeError(f'{type(module).__name__} has no backbone with get_layer_depth, for layer_decay_rate={rate}; '
-                            '1.0 gives all layers the same rate')
+            raise TypeError(f'layer_decay_rate={rate} needs a backbone with get_layer_depth, but {type(module).__name__} has '
+                            'none: layer_decay_rate=1.0 gives all layers the same rate')
         gammas = {id(gamma) for part in module.modules() if isinstance(part, ReversibleColumn) for gamma in part.gammas}
         groups: dict[tuple[int, str], dict] = {}
         for name, param in module.named_parameters():
@@ -119,7 +119,7 @@ def _clean(name: str) -> str:
 def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
     """Prefix and module of every backbone: the innermost modules that have ``get_layer_depth``.
 
-    mmpretrain's classifiers have a method of that name too; they contain the backbone that is asked.
+    The classifiers of mmpretrain have a method of that name too, so only the innermost modules count.
     """
     found = {_clean(name): part for name, part in model.named_modules() if callable(getattr(part, 'get_layer_depth', None))}
     prefixes = {name + '.' if name else '': part for name, part in found.items()}

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Sharded training of models that are too large for one GPU: mmengine's FSDP strategy, with what networks of columns need."""
+"""Sharded training of models that are too large for one GPU."""
 from logging import WARNING
 from typing import Any
 
@@ -16,26 +16,25 @@ from ...reversible import ReversibleColumn
 
 
 def column_network_wrap_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """FSDP's ``auto_wrap_policy``: every column is a unit, and all the rest of the model another.
+    """FSDP's ``auto_wrap_policy``: every column is a unit, and the rest of the model is another unit.
 
-    A unit's parameters are gathered while it runs, in the forward pass and in the backward pass, so a process holds those of
-    one or two columns at a time.
+    The parameters of a unit are gathered while it runs, so that a process holds those of one or two columns at a time.
     """
     return recurse or isinstance(module, ReversibleColumn)
 
 
 @STRATEGIES.register_module()
 class RevColFSDPStrategy(FSDPStrategy):
-    """Parameters, gradients and optimizer states sharded over the processes, also over CPU processes.
+    """Shards parameters, gradients and optimizer states over the processes, also over CPU processes.
 
     Example::
 
         tools/dist_train.sh CONFIG 8 --cfg-options runner_type=FlexibleRunner strategy.type=RevColFSDPStrategy
 
-    Differences to mmengine's: every column is a unit of its own; gradients are clipped by the norm of the whole model's, not
-    of each process's shards; a checkpoint is one file that every other tool reads, and a run can be resumed from it with
-    today's torch; weights of another shape are left out, with a line in the log, as without sharding; and there need not be
-    a GPU.
+    It differs from mmengine's strategy in these points: every column is a unit of its own; gradients are clipped by the norm of
+    the whole model, not of each process's shards; a checkpoint is one file that every other tool reads, and a run can be
+    resumed from it with today's torch; weights of another shape are left out, with a line in the log, as without sharding; and
+    no GPU is needed.
 
     Args:
         model_wrapper (dict, optional): arguments of ``MMFullyShardedDataParallel``: ``mixed_precision``, ``cpu_offload``, …
@@ -51,7 +50,7 @@ class RevColFSDPStrategy(FSDPStrategy):
         model_wrapper.setdefault('auto_wrap_policy', column_network_wrap_policy)
         if get_device() == 'cpu':
             model_wrapper['device_id'] = 'cpu'
-            if state_dict_cfg == 'full':  # mmengine's asks torch to move the tensors to the CPU, where they are: it crashes
+            if state_dict_cfg == 'full':  # mmengine's setting moves tensors to the CPU, which fails for tensors that are there
                 state_dict_cfg = dict(
                     state_dict_type='FULL_STATE_DICT', state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
                     optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True))
@@ -71,7 +70,7 @@ class RevColFSDPStrategy(FSDPStrategy):
         if not strict and self.state_dict_type == StateDictType.FULL_STATE_DICT:
             different = [key for key, value in state_dict.items() if value.shape != self.shapes.get(key, value.shape)]
             if different:
-                print_log(f'left out, since the model has other shapes: {", ".join(different)}', 'current', WARNING)
+                print_log(f'not loaded, because the model has other shapes: {", ".join(different)}', 'current', WARNING)
             state_dict = {key: value for key, value in state_dict.items() if key not in different}
         super().load_model_state_dict(state_dict, strict=strict, **kwargs)
 
