@@ -271,7 +271,7 @@ def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_pat
     (['--out', 'file/inner/out'], 'output folder file/inner/out cannot be made: .*file is a file'),
     (['--ann-file', '.'], r'annotation file \. cannot be read: Is a directory'),
     (['--ann-file', 'none.json'], 'annotation file none.json cannot be read: No such file'),
-    (['--cfg-options', 'model.backbone.arch=giant'], "model of .* cannot be built: .*arch='giant'"),
+    (['--cfg-options', 'model.backbone.arch=giant'], "model of .* cannot be built: .*arch must .* got 'giant'"),
     (['--cfg-options', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
     (['--cfg-options', 'model=None'], 'has no model'),
 ])
@@ -286,7 +286,7 @@ def test_mistakes_end_with_a_sentence(workshop, images, tmp_path, monkeypatch, a
 
 
 @pytest.mark.parametrize('options, sentence', [
-    (['model.backbone.arch=giant'], "model of .* cannot be built: .*arch='giant'"),
+    (['model.backbone.arch=giant'], "model of .* cannot be built: .*arch must .* got 'giant'"),
     (['model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
     (['model=None'], 'has no model'),
     (['default_scope=None', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),

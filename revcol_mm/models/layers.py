@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W): the fused kernel, without a copy when the input is channels-last."""
+    """LayerNorm over the channels of (N, C, H, W). It needs no copy when the input is channels-last."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
@@ -19,11 +19,11 @@ class ConvNeXtBlock(nn.Module):
     """Depthwise k×k convolution, LayerNorm, Linear C→4C, GELU, Linear 4C→C, LayerScale, DropPath, residual.
 
     Args:
-        channels: C.
-        kernel_size: k, odd.
-        drop_path_rate: probability of dropping the branch.
-        layer_scale_init_value: initial value of LayerScale, the parameter ``gamma``.
-        expansion: hidden channels of the two Linear layers, in units of C. Default: 4.
+        channels (int): C.
+        kernel_size (int): k, odd. Default: 3.
+        drop_path_rate (float): probability that the branch is dropped. Default: 0.
+        layer_scale_init_value (float): initial value of LayerScale, the parameter ``gamma``. Default: 1e-6.
+        expansion (int): number of channels between the two Linear layers, as a multiple of C. Default: 4.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3, drop_path_rate: float = 0.,
@@ -44,7 +44,7 @@ class ConvNeXtBlock(nn.Module):
         return x + self.drop_path(branch.permute(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)
 
     def fold(self) -> None:
-        """LayerScale goes into the Linear before it, the norm's weight and bias into the one behind it; DropPath goes."""
+        """Multiplies LayerScale into the Linear before it, and the norm's weight and bias into the Linear after it."""
         _fold_layer_scale(self.pwconv2, self.gamma)
         _fold_affine(self.norm, self.pwconv1)
         self.gamma, self.drop_path = None, nn.Identity()
@@ -52,7 +52,7 @@ class ConvNeXtBlock(nn.Module):
 
 @torch.no_grad()
 def _fold_layer_scale(linear: nn.Linear, gamma: Tensor) -> None:
-    """γ ∘ (W·h + b) = (diag(γ)·W)·h + γ ∘ b, rounded once."""
+    """γ ∘ (W·h + b) = (diag(γ)·W)·h + γ ∘ b, computed in float64, so that it is rounded once."""
     gamma = gamma.double()
     linear.weight.copy_(gamma[:, None] * linear.weight.double())
     linear.bias.copy_(gamma * linear.bias.double())
@@ -60,7 +60,7 @@ def _fold_layer_scale(linear: nn.Linear, gamma: Tensor) -> None:
 
 @torch.no_grad()
 def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> None:
-    """W·(w ∘ n + c) + b = (W·diag(w))·n + (W·c + b), rounded once: the norm in front of a Linear loses its weight and bias."""
+    """W·(w ∘ n + c) + b = (W·diag(w))·n + (W·c + b), rounded once. Afterwards the norm has no weight w and no bias c."""
     weight = linear.weight.double()
     linear.bias.copy_(linear.bias.double() + weight @ norm.bias.double())
     linear.weight.copy_(weight * norm.weight.double())
@@ -68,6 +68,13 @@ def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> None:
 
 
 def init_weights(module: nn.Module) -> None:
+    """Initialises a convolution or Linear: its weight truncated normal (std 0.02), its bias 0. For ``nn.Module.apply``."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def check_positive_int(name: str, value: int) -> None:
+    """Raises ValueError if the argument ``name`` is not a positive integer."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name} must be a positive integer, but got {value!r}')

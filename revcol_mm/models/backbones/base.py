@@ -1,9 +1,9 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What every network of columns shares, whatever its blocks are.
 
-A network of columns is a stem, ``num_columns`` columns that all read the stem's output, and a rule which features to return.
-Its own part is two choices, both made where it builds its :class:`Column`: the *fusion* of each level (how y[l-1] and the
-features of the column before become one input), and the *blocks* behind it.
+A network of columns has a stem, ``num_columns`` columns that all read the stem's output, and a list of features to return.
+A subclass makes two choices where it builds its :class:`Column`: the *fusion* of each level, which makes one input of y[l-1]
+and the features of the column before, and the *blocks* after the fusion.
 """
 import collections.abc
 from typing import Any, Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from ...reversible import DriftMonitor, ReversibleColumn, contiguous, run_revers
 
 
 class Level(nn.Module):
-    """F[l] = blocks ∘ fusion. What the call hands to every level (``context``) goes to every block."""
+    """F[l] = blocks ∘ fusion. Every block gets the keyword arguments ``context``."""
 
     def __init__(self, fusion: nn.Module, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -33,16 +33,18 @@ class Level(nn.Module):
 
 
 class Column(ReversibleColumn):
-    """A column made of fusions and blocks: the one place where either is plugged in.
+    """A column that is made of fusions and blocks. To use other fusions or blocks, pass other functions here.
 
     Args:
-        depths: blocks per level.
-        gamma_shapes: shape of each γ[l], broadcastable to level l's features.
-        fusion: ``fusion(level, sources)`` builds the fusion of a level: a module called with y[l-1] (the stem's output at level
-            0) and one feature of the column before for each level in ``sources``, which is empty in the first column.
-        block: ``block(level, index)`` builds a block; index counts over the levels of the column, from 0.
-        first: whether this is the first column.
-        above: for each level, the levels of the column before that it reads. Default: the next one.
+        depths (Sequence[int]): number of blocks of each level.
+        gamma_shapes (Sequence[tuple[int]]): shape of each γ[l], broadcastable to the features of level l.
+        fusion (Callable): ``fusion(level, sources)`` builds the fusion of a level. This module is called with y[l-1] (the
+            stem's output at level 0) and one feature of the column before for each level in ``sources``, which is empty in the
+            first column.
+        block (Callable): ``block(level, index)`` builds a block; ``index`` counts all blocks of the column, from 0.
+        first (bool): whether this is the first column.
+        above (Sequence[tuple[int]] | None): for each level, the levels of the column before that it reads. Default: None, the
+            next higher level.
     """
 
     def __init__(self, depths: Sequence[int], gamma_shapes: Sequence[tuple[int, ...]],
@@ -59,12 +61,12 @@ class Column(ReversibleColumn):
 
 
 class TokenFusion(nn.Module):
-    """Fusion of levels at one resolution: Linear and LayerNorm on either path, and their sum (appendix B.1).
+    """Fusion of levels that have one resolution: the sum of two paths, each with a Linear and a LayerNorm (appendix B.1).
 
     Args:
-        channels: C, of all levels.
-        level: l; at level 0 the downward path is the identity on x.
-        sources: levels of the column before: none or one.
+        channels (int): C of all levels.
+        level (int): l. At level 0 the downward path is the identity on x.
+        sources (Sequence[int]): the level of the column before that is read; empty in the first column and at the last level.
     """
 
     def __init__(self, channels: int, level: int, sources: Sequence[int]) -> None:
@@ -83,27 +85,27 @@ class TokenFusion(nn.Module):
 
 
 class ColumnStack(BaseModule):
-    """Base of the networks of columns: a subclass sets ``self.stem`` and calls :meth:`add_columns`.
+    """Base of the networks of columns. A subclass sets ``self.stem`` and calls :meth:`add_columns`.
 
     Args:
-        depths (Sequence[int]): blocks per level of a column.
-        num_columns (int): columns.
+        depths (Sequence[int]): number of blocks of each level of a column.
+        num_columns (int): number of columns.
         out_indices (Sequence[int]): levels to return.
-        frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and the first k columns.
-        reversible (bool): train without storing the columns' activations.
-        drift_threshold (float, optional): see :class:`~revcol_mm.models.reversible.DriftMonitor`.
-        on_drift (str): 'raise' or 'warn'.
-        with_cp (bool): checkpoint every column instead. Excludes ``reversible``.
-        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=…)``, or None.
+        frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and the first k columns. Default: -1.
+        reversible (bool): whether to train without stored activations of the columns. Default: False.
+        drift_threshold (float | None): see :class:`~revcol_mm.reversible.DriftMonitor`. Default: None.
+        on_drift (str): 'raise' or 'warn'. Default: 'raise'.
+        with_cp (bool): whether to checkpoint every column. It excludes ``reversible``. Default: False.
+        init_cfg (dict | None): for example ``dict(type='Pretrained', checkpoint=…)``. Default: None.
 
     Raises:
-        TypeError, ValueError: for arguments outside of the above, naming the argument and the value.
+        TypeError, ValueError: if an argument has another type or value. The message names both.
     """
 
-    #: Named architectures, and short names of them.
+    #: Named architectures, and their short names.
     ARCHS: dict[str, dict] = {}
     ALIASES: dict[str, str] = {}
-    #: Keys of an architecture, with the number of positive integers each holds (None: a single one); and its optional keys.
+    #: Keys of an architecture, each with the length of its sequence of positive integers (None: a single integer); options.
     ARCH_KEYS: dict[str, int | None] = dict(channels=4, depths=4, num_columns=None)
     ARCH_OPTIONS: dict[str, Any] = {}
 
@@ -115,36 +117,36 @@ class ColumnStack(BaseModule):
         levels = range(len(self.depths))
         listed = isinstance(out_indices, collections.abc.Sequence)
         if not listed or not out_indices or any(index not in levels for index in out_indices):
-            raise ValueError(f'out_indices={out_indices!r}: levels from 0 to {len(self.depths) - 1}')
+            raise ValueError(f'out_indices must be a sequence of levels from 0 to {levels[-1]}, but got {out_indices!r}')
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_columns:
-            raise ValueError(f'frozen_stages={frozen_stages!r}: -1 (nothing), 0 (the stem) to {num_columns} (the stem and '
-                             'that many columns)')
+            raise ValueError('frozen_stages must be -1 (nothing is frozen), 0 (the stem) or a number of columns up to '
+                             f'{num_columns} (the stem and these columns), but got {frozen_stages!r}')
         if reversible and with_cp:
-            raise ValueError('reversible=True and with_cp=True exclude each other: reversible training already rebuilds what '
-                             'with_cp recomputes, and stores less')
+            raise ValueError('only one of reversible and with_cp can be True: reversible training already rebuilds what '
+                             'with_cp recomputes, and it stores less')
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
         self.reversible, self.with_cp = reversible, with_cp
         self.monitor = DriftMonitor(drift_threshold, on_drift)
 
     @classmethod
     def read_arch(cls, arch: str | dict) -> dict:
-        """The architecture that a name or a dict stands for, checked, its options filled in."""
+        """Checks an architecture, given by name or as a dict, and returns it as a dict with all options."""
         if isinstance(arch, str):
             name = cls.ALIASES.get(arch.lower(), arch.lower())
             if name not in cls.ARCHS:
-                raise ValueError(f'arch={arch!r}: one of {", ".join((*cls.ARCHS, *cls.ALIASES))}, or a dict')
+                raise ValueError(f'arch must be one of {", ".join((*cls.ARCHS, *cls.ALIASES))}, or a dict, but got {arch!r}')
             return {**cls.ARCH_OPTIONS, **cls.ARCHS[name]}
         if not isinstance(arch, dict):
-            raise TypeError(f'arch={arch!r}: a name or a dict, not {type(arch).__name__}')
+            raise TypeError(f'arch must be a name or a dict, but got {arch!r} of type {type(arch).__name__}')
         if set(cls.ARCH_KEYS) - set(arch) or set(arch) - set(cls.ARCH_KEYS) - set(cls.ARCH_OPTIONS):
             options = f', and optionally {", ".join(cls.ARCH_OPTIONS)}' if cls.ARCH_OPTIONS else ''
-            raise ValueError(f'arch={arch!r}: a dict with the keys {", ".join(cls.ARCH_KEYS)}{options}')
+            raise ValueError(f'arch must be a dict with the keys {", ".join(cls.ARCH_KEYS)}{options}, but got {arch!r}')
         arch = {**cls.ARCH_OPTIONS, **arch}
         for key, count in cls.ARCH_KEYS.items():
             values = tuple(arch[key]) if count is not None and isinstance(arch[key], (list, tuple)) else (arch[key], )
             if len(values) != (count or 1) or any(not isinstance(value, int) or value < 1 for value in values):
-                raise ValueError(f'arch[{key!r}]={arch[key]!r}: ' + (
-                    'a positive integer' if count is None else f'{count} positive integers'))
+                kind = 'a positive integer' if count is None else f'{count} positive integers'
+                raise ValueError(f'arch[{key!r}] must be {kind}, but got {arch[key]!r}')
             arch[key] = arch[key] if count is None else values
         return arch
 
@@ -154,14 +156,14 @@ class ColumnStack(BaseModule):
             self.add_module(f'subnet{index}', build(index == 0))
 
     def drop_path_rates(self, drop_path_rate: float) -> list[float]:
-        """Rate of each block of a column: rises linearly over the column, and is the same in every column."""
+        """DropPath rate of each block of a column. It rises linearly over the column, and is the same in every column."""
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate!r}: in [0, 1)')
+            raise ValueError(f'drop_path_rate must be a number in [0, 1), but got {drop_path_rate!r}')
         return torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist()
 
     @property
     def columns(self) -> list[ReversibleColumn]:
-        """The columns, first to last."""
+        """The columns, from the first to the last."""
         return [self._modules[f'subnet{index}'] for index in range(self.num_columns)]
 
     @property
@@ -170,10 +172,11 @@ class ColumnStack(BaseModule):
         return self.monitor.drift
 
     def init_weights(self) -> None:
-        """Loads ``init_cfg``'s checkpoint, if there is one. The weights are initialised on construction."""
+        """Loads the checkpoint of ``init_cfg``, if there is one. The constructor has initialised the weights before."""
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
             if not self.init_cfg.get('checkpoint'):
-                raise ValueError(f"init_cfg={dict(self.init_cfg)}: type='Pretrained' needs checkpoint, a path or URL")
+                raise ValueError("init_cfg of type 'Pretrained' must have a checkpoint, which is a path or URL, but got "
+                                 f'{dict(self.init_cfg)}')
             load_pretrained(self, **{key: value for key, value in self.init_cfg.items() if key != 'type'})
             self._is_init = True
         else:
@@ -181,20 +184,20 @@ class ColumnStack(BaseModule):
 
     def run_columns(self, x: Tensor, outputs: Sequence[tuple[int, int]] | None = None,
                     context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
-        """Features of the given (column, level) pairs, contiguous.
+        """Returns the features of the given (column, level) pairs, contiguous.
 
         Args:
-            x: the stem's output.
-            outputs: Default: the levels ``out_indices`` of the last column.
-            context: keyword arguments of every level.
+            x (Tensor): the stem's output.
+            outputs (Sequence[tuple[int, int]] | None): the pairs. Default: None, the levels ``out_indices`` of the last column.
+            context (Mapping | None): keyword arguments of every level. Default: None.
         """
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.float()  # every column adds to the gradient of x; in half precision that sum would lose the small terms
+            x = x.float()  # every column adds to the gradient of x, and in half precision this sum would lose small terms
         if outputs is None:
             outputs = [(self.num_columns - 1, level) for level in self.out_indices]
         columns = self.columns[:1 + max(column for column, _ in outputs)]
-        # Frozen columns run without a graph, unless the gradient of the image is asked for, which passes through them.
+        # Frozen columns run without a graph, unless x needs a gradient, which passes through them.
         frozen = 0 if x.requires_grad else max(self.frozen_stages, 0)
         taken: dict[tuple[int, int], Tensor] = {}
         trains = self.training and torch.is_grad_enabled()
@@ -229,19 +232,19 @@ class ColumnStack(BaseModule):
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Where a parameter sits, for layer-wise learning-rate decay.
+        """Returns the layer of a parameter, for layer-wise learning-rate decay.
 
-        Block j of a column (counted over its levels, from 0) in column i is layer i + j + 1: the number of steps to it in the
-        grid of blocks and columns. A fusion counts as the first block of its level, γ as the
-        first block of its column. The stem is layer 0, everything else (output norms, and all outside of the backbone) one
-        more than the last block.
+        Block j of column i is layer i + j + 1, the number of steps to it in the grid of blocks and columns; j counts all blocks
+        of the column, from 0. A fusion has the layer of the first block of its level, and γ that of the first block of its
+        column. The stem is layer 0. All other parameters (output norms, and what is outside of the backbone) are one layer
+        above the last block.
 
         Args:
-            param_name: the parameter's name in the whole model.
-            prefix: what precedes the backbone's own names, e.g. 'backbone.'. Default: ''.
+            param_name (str): the parameter's name in the whole model.
+            prefix (str): prefix of the backbone's names in the model, for example 'backbone.'. Default: ''.
 
         Returns:
-            tuple[int, int]: layer id, and number of layers; lr is scaled by decay ** (num_layers − id − 1).
+            tuple[int, int]: layer id, and number of layers. The lr is multiplied by decay ** (num_layers − id − 1).
         """
         num_layers = (sum(self.depths) - 1) + (self.num_columns - 1) + 3
         if not param_name.startswith(prefix):

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""RevCol with columns of C2f blocks, the cross-stage block of YOLOv8: batch-normalised convolutions instead of ConvNeXt."""
+"""RevCol with columns of C2f blocks. C2f is YOLOv8's block of convolutions with BatchNorm."""
 from typing import Sequence
 
 import torch
@@ -25,12 +25,12 @@ class Bottleneck(nn.Module):
 
 
 class C2fBlock(nn.Module):
-    """C2f: a 1×1 convolution splits into two halves, bottlenecks work on the second in turn, and a 1×1 joins all of them.
+    """C2f: 1×1 convolution, split into two halves, a chain of bottlenecks on the second half, 1×1 convolution of all parts.
 
     Args:
-        channels: C, in and out; even.
-        num_bottlenecks: bottlenecks, of C/2 channels. Default: 1.
-        conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
+        channels (int): C of the input and the output, even.
+        num_bottlenecks (int): number of bottlenecks, which have C/2 channels. Default: 1.
+        **conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
     """
 
     def __init__(self, channels: int, num_bottlenecks: int = 1, **conv) -> None:
@@ -50,10 +50,10 @@ class ConvFusion(nn.Module):
     """Sum of the downward path (2×2 convolution, stride 2) and the upward path (1×1 convolution, nearest interpolation).
 
     Args:
-        channels: C0 … C3.
-        level: l; at level 0 the downward path is the identity on x.
-        sources: levels of the column before: none or one.
-        conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
+        channels (Sequence[int]): C0 … C3.
+        level (int): l. At level 0 the downward path is the identity on x.
+        sources (Sequence[int]): the level of the column before that is read; empty in the first column and at the last level.
+        **conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
     """
 
     def __init__(self, channels: Sequence[int], level: int, sources: Sequence[int], **conv) -> None:
@@ -71,49 +71,43 @@ class ConvFusion(nn.Module):
 class RevColC2f(ColumnStack):
     """RevCol with columns of C2f blocks (a community variant, for YOLO-like detectors).
 
-    Input (N, in_channels, H, W) with H, W ≥ 32; output a tuple of the last column's features, contiguous, at strides 4, 8, 16
-    and 32. A level is a fusion and ``depths[l]`` C2f blocks of one bottleneck each.
+    The input is (N, in_channels, H, W) with H, W ≥ 32. The output is a tuple of the last column's features, contiguous, at
+    strides 4, 8, 16 and 32. A level is a fusion and ``depths[l]`` C2f blocks of one bottleneck each.
 
-    BatchNorm's batch statistics make F a function of the whole batch; the backward pass recomputes them from the same batch,
-    and its update of the running statistics is thrown away, so that each forward pass counts once, as without ``reversible``.
+    In training, BatchNorm makes F depend on the whole batch. The reversible backward pass recomputes F from the same batch, and
+    does not update the running statistics again, so that each batch counts once, as without ``reversible``.
 
     Args:
         arch (str | dict): 'nano', or a dict with ``channels`` (4 even widths), ``depths`` (C2f blocks per level) and
-            ``num_columns``. Default: 'nano': (32, 64, 96, 128), (2, 3, 6, 3), 5 columns.
-        in_channels (int): Default: 3.
+            ``num_columns``. Default: 'nano', which is (32, 64, 96, 128), (2, 3, 6, 3) and 5 columns.
+        in_channels (int): channels of the image. Default: 3.
         out_indices (Sequence[int]): levels to return. Default: (0, 1, 2, 3).
-        norm_cfg (dict): Default: BatchNorm with YOLO's momentum 0.03 and eps 1e-3.
-        act_cfg (dict): Default: SiLU.
-        norm_eval (bool): keep BatchNorm in eval mode, its running statistics as they are. Default: False.
-        frozen_stages, reversible, drift_threshold, on_drift, with_cp, init_cfg: as in :class:`~revcol_mm.models.RevCol`; with
-            ``with_cp``, running statistics are updated twice a step, by :mod:`torch.utils.checkpoint`.
+        norm_cfg (dict): norm of every convolution. Default: BatchNorm with YOLO's momentum 0.03 and eps 1e-3.
+        act_cfg (dict): activation of every convolution. Default: SiLU.
+        norm_eval (bool): whether to keep BatchNorm in eval mode, which freezes its running statistics. Default: False.
+        frozen_stages (int), reversible (bool), drift_threshold (float | None), on_drift (str), with_cp (bool),
+            init_cfg (dict | None): as in :class:`~revcol_mm.models.RevCol`, with its defaults. With ``with_cp``,
+            :mod:`torch.utils.checkpoint` updates the running statistics twice per step.
 
     Raises:
-        TypeError, ValueError: for arguments outside of the above, naming the argument and the value.
+        TypeError, ValueError: if an argument, or the shape of the images, is of another kind. The message names it.
     """
 
     ARCHS = {'nano': dict(channels=(32, 64, 96, 128), depths=(2, 3, 6, 3), num_columns=5)}
     ALIASES = dict(n='nano')
 
-    def __init__(self,
-                 arch: str | dict = 'nano',
-                 in_channels: int = 3,
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
+    def __init__(self, arch: str | dict = 'nano', in_channels: int = 3, out_indices: Sequence[int] = (0, 1, 2, 3),
                  norm_cfg: dict = dict(type='BN', momentum=0.03, eps=0.001),
-                 act_cfg: dict = dict(type='SiLU', inplace=False),
-                 norm_eval: bool = False,
-                 frozen_stages: int = -1,
-                 reversible: bool = False,
-                 drift_threshold: float | None = None,
-                 on_drift: str = 'raise',
-                 with_cp: bool = False,
-                 init_cfg: dict | None = None) -> None:
+                 act_cfg: dict = dict(type='SiLU', inplace=False), norm_eval: bool = False, frozen_stages: int = -1,
+                 reversible: bool = False, drift_threshold: float | None = None, on_drift: str = 'raise',
+                 with_cp: bool = False, init_cfg: dict | None = None) -> None:
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
                          with_cp, init_cfg)
         self.channels, self.in_channels, self.norm_eval = arch['channels'], in_channels, norm_eval
         if any(width % 2 for width in self.channels):
-            raise ValueError(f"arch['channels']={self.channels!r}: even numbers, since C2f splits them in halves")
+            raise ValueError("arch['channels'] must be even numbers, because C2f splits the channels into two halves, but got "
+                             f'{self.channels!r}')
         conv = dict(norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
         self.stem = ConvModule(in_channels, self.channels[0], 4, stride=4, **conv)
         self.add_columns(lambda first: Column(
@@ -131,15 +125,15 @@ class RevColC2f(ColumnStack):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of the last column.
+        """Returns the features of the last column.
 
         Args:
-            x: images, (N, in_channels, H, W), H and W ≥ 32.
+            x (Tensor): images, (N, in_channels, H, W), H and W ≥ 32.
 
         Returns:
             tuple[Tensor]: for each l in ``out_indices``, (N, C[l], H/4/2^l, W/4/2^l) rounded down, contiguous.
         """
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < 32:
-            raise ValueError(f'input of shape {tuple(x.shape)}: RevColC2f takes (N, {self.in_channels}, H, W) with H and W of '
-                             'at least 32 pixels')
+            raise ValueError(f'the input of RevColC2f must have the shape (N, {self.in_channels}, H, W) with H and W of at '
+                             f'least 32 pixels, but got {tuple(x.shape)}')
         return self.run_columns(self.stem(x))

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Folding a network of columns for inference: what training needs and prediction does not becomes part of other weights."""
+"""Folding a network of columns for inference: layers that only training needs are multiplied into other weights."""
 from typing import Any, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -9,11 +9,11 @@ from ...reversible import ReversibleColumn, keep_invertible, run_levels
 
 
 class InferenceColumn(nn.Module):
-    """A :class:`ReversibleColumn` for inference only: equation 3 with γ as constants that are already kept invertible.
+    """A :class:`ReversibleColumn` for inference only: its γ are constants, already kept invertible.
 
     Args:
-        column: whose levels it takes over, and whose γ it copies. The names stay: ``level{l}`` and, as buffers, ``alpha{l}``;
-            the first column's γ, which have no effect, are gone.
+        column (ReversibleColumn): the column, whose levels are taken over and whose γ are copied. The names stay the same:
+            ``level{l}``, and ``alpha{l}`` for buffers with γ. The first column's γ, which have no effect, are removed.
     """
 
     def __init__(self, column: ReversibleColumn) -> None:
@@ -31,24 +31,25 @@ class InferenceColumn(nn.Module):
 
     def forward(self, x: Tensor, p: Sequence[Tensor] | None, context: Mapping[str, Any] | None = None
                 ) -> tuple[Tensor, ...]:
-        """Features of this column, one per level; see :meth:`ReversibleColumn.forward`."""
+        """Returns the features of this column, one per level; see :meth:`ReversibleColumn.forward`."""
         gammas = [self._buffers.get(f'alpha{index}') for index in range(self.num_levels)]
         return run_levels(self, gammas, x, p, context)
 
 
 def check_folding(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-    """Keeps folded and unfolded weights apart, also where a loader is not strict and would only warn.
+    """Stops the loading of folded weights into an unfolded network, or the reverse, also by loaders that are not strict.
 
-    A hook for :meth:`torch.nn.Module.register_load_state_dict_pre_hook`.
+    It is a hook for :meth:`torch.nn.Module.register_load_state_dict_pre_hook`.
 
     Raises:
-        RuntimeError: for weights of the other kind.
+        RuntimeError: if only one of the network and the weights is folded.
     """
     folded = FOLDED in module._buffers
     name = type(module).__name__
     if folded and any(key.startswith(f'{prefix}subnet') and key.endswith('.gamma') for key in state_dict):
-        raise RuntimeError(f'this {name} is folded (switch_to_deploy), and the weights to load are not: load them into a '
-                           'newly built one, and fold it afterwards')
+        raise RuntimeError(f'a {name} folded by switch_to_deploy() needs folded weights, but got unfolded ones: load them into '
+                           f'a newly built {name}, and fold it afterwards')
     if not folded and prefix + FOLDED in state_dict:
-        raise RuntimeError(f'the weights to load are those of a folded {name}, and this one is not: call '
-                           'switch_to_deploy() on it first. They cannot be trained: for that, load the unfolded checkpoint')
+        raise RuntimeError(f'an unfolded {name} needs unfolded weights, but got folded ones: for inference, call '
+                           'switch_to_deploy() first; folded weights cannot be trained, so for training load the unfolded '
+                           'checkpoint')

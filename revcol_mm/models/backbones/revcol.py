@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""RevCol: reversible columns of ConvNeXt blocks (ICLR 2023, https://arxiv.org/abs/2212.11696, sections 3 and 3.5)."""
+"""RevCol: reversible columns of ConvNeXt blocks (ICLR 2023, https://arxiv.org/abs/2212.11696, section 2.2, appendix A)."""
 from typing import Sequence
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ...checkpoint.kernels import pad_on_load
 from ...checkpoint.loading import FOLDED
-from ..layers import ConvNeXtBlock, LayerNorm2d, init_weights
+from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights
 from .base import Column, ColumnStack
 from .deploy import InferenceColumn, check_folding
 
 
 class UpPath(nn.Module):
-    """A higher level's features, brought to this level: Linear, LayerNorm, nearest interpolation."""
+    """Brings the features of a higher level to this level: Linear, LayerNorm, nearest interpolation."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -29,12 +29,12 @@ class UpPath(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Sum of the downward path (from y[l-1], or x itself at level 0) and the upward paths (figure 5c).
+    """Sum of the downward path (from y[l-1]; at level 0 it is x itself) and the upward paths (figure 5c).
 
     Args:
-        channels: C0 … C3.
-        level: l.
-        above: levels of the column before whose features come in: l + 1, and for RevCol-H's level 0 also 3.
+        channels (Sequence[int]): C0 … C3.
+        level (int): l.
+        above (Sequence[int]): levels of the column before that are read: l + 1, and in RevCol-H also 3 at level 0.
     """
 
     def __init__(self, channels: Sequence[int], level: int, above: Sequence[int]) -> None:
@@ -59,43 +59,43 @@ class Fusion(nn.Module):
 class RevCol(ColumnStack):
     """Reversible Column Network: columns that all read the stem's output, joined by reversible connections.
 
-    Input (N, in_channels, H, W) with H, W ≥ 32; output a tuple of the last column's features, contiguous, at strides 4, 8, 16
-    and 32. Parameter names are those of the authors' released checkpoints, which load without conversion.
+    The input is (N, in_channels, H, W) with H, W ≥ 32. The output is a tuple of the last column's features, contiguous, at
+    strides 4, 8, 16 and 32. The parameters have the names of the authors' released checkpoints, which load without conversion.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'base', 'large', 'xlarge' or 'huge' ('t', 's', 'b', 'l', 'xl', 'h'), or a dict
             with ``channels`` (4 widths), ``depths`` (blocks per level), ``num_columns``, and optionally
-            ``deep_to_shallow=True``: level 0 also receives level 3 of the column before, as in RevCol-H. Default: 'base'.
+            ``deep_to_shallow=True``: level 0 also reads level 3 of the column before, as in RevCol-H. Default: 'base'.
         in_channels (int): channels of the image. Default: 3.
-        kernel_size (int): of the depthwise convolutions, odd. Default: 3.
-        drop_path_rate (float): stochastic depth; rises linearly from 0 over the blocks of a column, and is the same in every
-            column. Default: 0.
-        layer_scale_init_value (float): Default: 1e-6.
+        kernel_size (int): size of the depthwise convolutions, odd. Default: 3.
+        drop_path_rate (float): stochastic depth rate. It rises linearly from 0 over the blocks of a column, and is the same in
+            every column. Default: 0.
+        layer_scale_init_value (float): initial value of LayerScale. Default: 1e-6.
         out_indices (Sequence[int]): levels to return. Default: (0, 1, 2, 3).
-        out_norm_cfg (dict, optional): a norm on each output, parameters ``norm{level}``; type 'LN' (or 'LN2d') is LayerNorm
-            over the channels. Default: None, as in the release.
-        frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and the first k *columns* (each level feeds the next
-            column, so levels cannot be frozen one by one): no gradients, γ included, and eval mode. Default: -1.
-        reversible (bool): train without storing the columns' activations: the backward pass rebuilds them (see
-            :mod:`revcol_mm.models.reversible`). Without gradients, and in eval mode, the plain path runs. Default: False.
-        drift_threshold (float, optional): largest drift of rebuilt features, relative to the largest feature, that is accepted.
-            Default: None, by dtype (:data:`~revcol_mm.models.reversible.DRIFT_THRESHOLD`).
-        on_drift (str): 'raise' or 'warn' above the threshold. Default: 'raise'.
-        with_cp (bool): checkpoint every column with :mod:`torch.utils.checkpoint`: keeps the features of every column, so
-            memory still grows with the columns. Excludes ``reversible``, which replaces it. Default: False.
-        pad_pretrained (bool): pad smaller kernels of a checkpoint to ``kernel_size`` while loading it, as
-            ``tools/pad_kernels.py`` does (appendix D.3.1). Default: False, which refuses them.
-        init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=path_or_url)`` loads released or own checkpoints,
-            whole models too; see :func:`revcol_mm.checkpoint.load_pretrained`. Default: None, truncated normal (std 0.02).
+        out_norm_cfg (dict | None): a norm on each output, with parameters ``norm{level}``. The type 'LN' (or 'LN2d') is
+            LayerNorm over the channels. Default: None, as in the release.
+        frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and the first k *columns*, γ included: no gradients and
+            eval mode. Single levels cannot be frozen, because each level feeds the next column. Default: -1.
+        reversible (bool): whether to train without stored activations of the columns; the backward pass rebuilds them (see
+            :mod:`revcol_mm.reversible`). Without gradients, and in eval mode, the plain path runs. Default: False.
+        drift_threshold (float | None): largest accepted drift of the rebuilt features, relative to the largest feature.
+            Default: None, the value of :data:`~revcol_mm.reversible.DRIFT_THRESHOLD` for the dtype.
+        on_drift (str): what to do above the threshold, 'raise' or 'warn'. Default: 'raise'.
+        with_cp (bool): whether to checkpoint every column with :mod:`torch.utils.checkpoint`. It keeps the features of every
+            column, so memory still grows with the columns. It excludes ``reversible``. Default: False.
+        pad_pretrained (bool): whether to pad smaller kernels of a checkpoint to ``kernel_size`` while it is loaded, as
+            ``tools/pad_kernels.py`` does (appendix D.3.1). Default: False, such a checkpoint is an error.
+        init_cfg (dict | None): ``dict(type='Pretrained', checkpoint=path_or_url)`` loads released or own checkpoints, also
+            of whole models; see :func:`revcol_mm.checkpoint.load_pretrained`. Default: None, truncated normal (std 0.02).
 
     Attributes:
         drift (float): largest relative drift of the last reversible backward pass.
 
     Raises:
-        TypeError, ValueError: for arguments outside of the above, naming the argument and the value.
+        TypeError, ValueError: if an argument has another type or value. The message names both.
     """
 
-    ARCHS = {  # table 9
+    ARCHS = {  # the list at the start of section 3
         'tiny': dict(channels=(64, 128, 256, 512), depths=(2, 2, 4, 2), num_columns=4),
         'small': dict(channels=(64, 128, 256, 512), depths=(2, 2, 4, 2), num_columns=8),
         'base': dict(channels=(72, 144, 288, 576), depths=(1, 1, 3, 2), num_columns=16),
@@ -106,28 +106,17 @@ class RevCol(ColumnStack):
     ALIASES = dict(t='tiny', s='small', b='base', l='large', xl='xlarge', h='huge')
     ARCH_OPTIONS = dict(deep_to_shallow=False)
 
-    def __init__(self,
-                 arch: str | dict = 'base',
-                 in_channels: int = 3,
-                 kernel_size: int = 3,
-                 drop_path_rate: float = 0.,
-                 layer_scale_init_value: float = 1e-6,
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
-                 out_norm_cfg: dict | None = None,
-                 frozen_stages: int = -1,
-                 reversible: bool = False,
-                 drift_threshold: float | None = None,
-                 on_drift: str = 'raise',
-                 with_cp: bool = False,
-                 pad_pretrained: bool = False,
-                 init_cfg: dict | None = None) -> None:
+    def __init__(self, arch: str | dict = 'base', in_channels: int = 3, kernel_size: int = 3, drop_path_rate: float = 0.,
+                 layer_scale_init_value: float = 1e-6, out_indices: Sequence[int] = (0, 1, 2, 3),
+                 out_norm_cfg: dict | None = None, frozen_stages: int = -1, reversible: bool = False,
+                 drift_threshold: float | None = None, on_drift: str = 'raise', with_cp: bool = False,
+                 pad_pretrained: bool = False, init_cfg: dict | None = None) -> None:
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
                          with_cp, init_cfg)
-        if not isinstance(in_channels, int) or in_channels < 1:
-            raise ValueError(f'in_channels={in_channels!r}: a positive integer')
+        check_positive_int('in_channels', in_channels)
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size={kernel_size!r}: an odd positive integer')
+            raise ValueError(f'kernel_size must be an odd positive integer, but got {kernel_size!r}')
         self.channels, self.kernel_size, self.in_channels = arch['channels'], kernel_size, in_channels
 
         self.stem = nn.Sequential(
@@ -149,28 +138,29 @@ class RevCol(ColumnStack):
         self.freeze_stages()
 
     def forward(self, x: Tensor, outputs: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, ...]:
-        """Features of the last column, or of any.
+        """Returns features of the last column, or of any column.
 
         Args:
-            x: images, (N, in_channels, H, W), H and W ≥ 32.
-            outputs: (column, level), both from 0, of each feature to return, without output norms. Inner columns' features
-                have exact gradients in reversible training too, and are not stored for them; columns behind the last one named
-                do not run. Default: None, the levels in ``out_indices`` of the last column.
+            x (Tensor): images, (N, in_channels, H, W), H and W ≥ 32.
+            outputs (Sequence[tuple[int, int]] | None): (column, level) of each feature to return, both counted from 0, without
+                output norms. In reversible training, features of inner columns have exact gradients too, and are not stored.
+                Columns after the last one in ``outputs`` do not run. Default: None, the levels ``out_indices`` of the last
+                column.
 
         Returns:
-            tuple[Tensor]: for each l in ``out_indices``, or each (column, l) in ``outputs``, (N, C[l], H/4/2^l, W/4/2^l)
-            rounded down, contiguous.
+            tuple[Tensor]: one feature for each entry, (N, C[l], H/4/2^l, W/4/2^l) rounded down, contiguous.
 
         Raises:
-            ValueError: for images of another shape, and outputs that do not exist.
+            RuntimeError: if the weights are in channels-last format.
+            ValueError: if the images have another shape, or if an output does not exist.
         """
         self._check_input(x)
         if outputs is not None:
             outputs = [tuple(output) for output in outputs]
             missing = [output for output in outputs if output[0] not in range(self.num_columns) or output[1] not in range(4)]
             if missing or not outputs:
-                raise ValueError(f'outputs={missing}: (column, level) pairs, columns from 0 to {self.num_columns - 1} and '
-                                 'levels from 0 to 3')
+                raise ValueError(f'outputs must hold (column, level) pairs, with columns from 0 to {self.num_columns - 1} and '
+                                 f'levels from 0 to 3, but got {missing}')
         features = self.run_columns(self.stem(x.contiguous(memory_format=torch.channels_last)), outputs)
         if outputs is not None:
             return features
@@ -178,15 +168,15 @@ class RevCol(ColumnStack):
                      for level, feature in zip(self.out_indices, features))
 
     def switch_to_deploy(self) -> None:
-        """Folds the network for inference, in place: the same function, by fewer steps. Folding twice changes nothing.
+        """Folds the network for inference, in place. It computes the same function in fewer steps. This cannot be undone.
 
-        In every block, LayerScale goes into ``pwconv2`` and the norm's weight and bias into ``pwconv1``; γ of the shortcuts
-        become constants; DropPath and the first column's γ go. Outputs agree to about 1e-6 of the largest in float32. Fold in
-        float32, and convert afterwards: in float16, what a small LayerScale leaves of a weight may round to 0.
+        In every block, LayerScale is multiplied into ``pwconv2``, and the norm's weight and bias into ``pwconv1``. The γ of the
+        shortcuts become constants. DropPath and the first column's γ are removed. In float32 the outputs agree to about 1e-6 of
+        the largest output. Fold in float32 and convert afterwards: in float16, a weight times a small LayerScale may become 0.
 
-        Load weights first: the state dict of a folded network is a format of its own, marked by the key ``deployed``. It loads
-        into a folded network only, and an unfolded one into an unfolded network only; everything else raises a RuntimeError.
-        A folded network is in eval mode, and ``train()`` raises a RuntimeError.
+        Load the weights before folding. The state dict of a folded network has a format of its own, marked by the key
+        ``deployed``: it loads only into a folded network, and an unfolded one loads only into an unfolded network; everything
+        else raises a RuntimeError. A folded network is in eval mode, and ``train()`` raises a RuntimeError.
 
         Raises:
             ValueError: if the weights are not float32 or float64.
@@ -195,7 +185,7 @@ class RevCol(ColumnStack):
             return
         dtype = self.stem[0].weight.dtype
         if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f'switch_to_deploy() folds in float32, and the weights are {dtype}: fold first, then convert')
+            raise ValueError(f'switch_to_deploy() needs float32 or float64 weights, but got {dtype}: fold first, then convert')
         self.eval()
         for block in [module for module in self.modules() if isinstance(module, ConvNeXtBlock)]:
             block.fold()
@@ -206,27 +196,27 @@ class RevCol(ColumnStack):
 
     def train(self, mode: bool = True) -> 'RevCol':
         if mode and FOLDED in self._buffers:
-            raise RuntimeError('a RevCol folded by switch_to_deploy() cannot be trained: LayerScale and the γ of its shortcuts '
-                               'are no parameters any more. Build a new one and load the checkpoint into it')
+            raise RuntimeError('a RevCol that switch_to_deploy() has folded cannot be trained, because LayerScale and the γ of '
+                               'its shortcuts are not parameters any more: build a new one and load the checkpoint into it')
         return super().train(mode)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < 32:
-            raise ValueError(f'input of shape {tuple(x.shape)}: RevCol takes (N, {self.in_channels}, H, W) with H and W of at '
-                             'least 32 pixels')
-        weight = getattr(self.columns[0].levels[1].fusion.down[0], 'weight', None)  # sharded: flat, or elsewhere
+            raise ValueError(f'the input of RevCol must have the shape (N, {self.in_channels}, H, W) with H and W of at '
+                             f'least 32 pixels, but got {tuple(x.shape)}')
+        weight = getattr(self.columns[0].levels[1].fusion.down[0], 'weight', None)  # FSDP flattens or moves it
         if weight is not None and weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(
                 memory_format=torch.channels_last):
             raise RuntimeError(
-                'the weights of RevCol are in channels-last format, as after detector.to(memory_format=torch.channels_last): '
-                "the necks would hand channels-last features to mmcv's RoIAlign, which reads them as if they were contiguous "
-                'and returns garbage. RevCol runs channels-last inside by itself; undo it with '
-                '.to(memory_format=torch.contiguous_format)')
+                'the weights of RevCol must be contiguous, but got the channels-last format, as after '
+                "detector.to(memory_format=torch.channels_last). In a detector, mmcv's RoIAlign would then read channels-last "
+                'features as if they were contiguous, and return wrong values. RevCol itself already computes in '
+                'channels-last: undo the change with .to(memory_format=torch.contiguous_format)')
 
 
 def _build_out_norm(cfg: dict, channels: int) -> nn.Module:
     if not isinstance(cfg, dict):
-        raise TypeError(f"out_norm_cfg={cfg!r}: a dict such as dict(type='LN'), or None")
+        raise TypeError(f"out_norm_cfg must be a dict such as dict(type='LN'), or None, but got {cfg!r}")
     cfg = dict(cfg)
     if cfg.get('type') in ('LN', 'LN2d'):  # mmcv's LN normalises the last dimension
         cfg.pop('type')

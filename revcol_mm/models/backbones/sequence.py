@@ -7,23 +7,24 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..layers import check_positive_int
 from .base import Column, ColumnStack, TokenFusion
 
 
 def sinusoidal_positions(length: int, channels: int, device: torch.device) -> Tensor:
-    """Position encoding of the original Transformer (section 3.5): (length, channels), sines and cosines interleaved."""
+    """Position encoding of the original Transformer (its section 3.5): (length, channels), sines and cosines interleaved."""
     steps = torch.arange(0, channels, 2, device=device, dtype=torch.float32)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), torch.exp(-math.log(1e4) / channels * steps))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :channels]
 
 
 class SequenceStem(nn.Module):
-    """Tokens to embeddings (times √d), plus sinusoidal positions; then dropout.
+    """Embeds tokens (times √d), adds sinusoidal positions, and applies dropout.
 
     Args:
-        d_model: d.
-        vocab_size: number of tokens; None where the input is embedded already, and only positions are added.
-        dropout: rate.
+        d_model (int): d.
+        vocab_size (int | None): number of different tokens; None if the input is already embedded.
+        dropout (float): dropout rate.
     """
 
     def __init__(self, d_model: int, vocab_size: int | None, dropout: float) -> None:
@@ -42,54 +43,42 @@ class SequenceStem(nn.Module):
 
 @MODELS.register_module()
 class RevColTransformerEncoder(ColumnStack):
-    """Columns of Transformer encoder layers for sequences; a drop-in ``custom_encoder`` of :class:`torch.nn.Transformer`.
+    """Columns of Transformer encoder layers for sequences; it can be the ``custom_encoder`` of :class:`torch.nn.Transformer`.
 
-    The stem embeds tokens and adds positions. All levels of all columns keep the sequence's length and width; fusions are
-    Linear and LayerNorm, as in :class:`~revcol_mm.models.RevColViT`. The output is the highest level of the last column,
-    behind a LayerNorm, as torch's own encoder ends. γ has one dimension, so that ``nn.Transformer``'s initialisation of all
-    matrices leaves it alone.
+    The stem embeds tokens and adds positions. All levels of all columns keep the length and width of the sequence. Fusions are
+    Linear and LayerNorm, as in :class:`~revcol_mm.models.RevColViT`. The output is the highest level of the last column, after
+    a LayerNorm, as in torch's own encoder. γ has one dimension, so that ``nn.Transformer``, which initialises all matrices,
+    does not change it.
 
     Args:
         d_model (int): width. Default: 768.
-        nhead (int): heads. Default: 12.
+        nhead (int): number of attention heads. Default: 12.
         dim_feedforward (int): width inside the FFN. Default: 3072.
         depths (Sequence[int]): layers of each level; its length is the number of levels. Default: (1, 1, 1, 1).
-        num_columns (int): Default: 4.
-        dropout (float): of the embeddings, attention and FFN. Default: 0.1.
+        num_columns (int): number of columns. Default: 4.
+        dropout (float): dropout rate of the embeddings, attention and FFN. Default: 0.1.
         activation (str): 'relu' or 'gelu'. Default: 'relu'.
-        norm_first (bool): pre-norm layers instead of the original Transformer's post-norm. Default: False.
-        vocab_size (int, optional): size of the token embedding; None takes embeddings only. Default: None.
-        batch_first (bool): sequences are (N, T) or (N, T, d), as against (T, N) or (T, N, d). Default: True.
-        frozen_stages, reversible, drift_threshold, on_drift, with_cp, init_cfg: as in :class:`~revcol_mm.models.RevCol`.
+        norm_first (bool): whether layers are pre-norm, instead of post-norm as in the original Transformer. Default: False.
+        vocab_size (int | None): number of different tokens. Default: None, the input must be embeddings.
+        batch_first (bool): whether sequences are (N, T) or (N, T, d), instead of (T, N) or (T, N, d). Default: True.
+        frozen_stages (int), reversible (bool), drift_threshold (float | None), on_drift (str), with_cp (bool),
+            init_cfg (dict | None): as in :class:`~revcol_mm.models.RevCol`, with its defaults.
 
     Raises:
-        ValueError: for arguments outside of the above, naming the argument and the value.
+        ValueError: if an argument has another value. The message names both.
     """
 
-    def __init__(self,
-                 d_model: int = 768,
-                 nhead: int = 12,
-                 dim_feedforward: int = 3072,
-                 depths: Sequence[int] = (1, 1, 1, 1),
-                 num_columns: int = 4,
-                 dropout: float = 0.1,
-                 activation: str = 'relu',
-                 norm_first: bool = False,
-                 vocab_size: int | None = None,
-                 batch_first: bool = True,
-                 frozen_stages: int = -1,
-                 reversible: bool = False,
-                 drift_threshold: float | None = None,
-                 on_drift: str = 'raise',
-                 with_cp: bool = False,
-                 init_cfg: dict | None = None) -> None:
+    def __init__(self, d_model: int = 768, nhead: int = 12, dim_feedforward: int = 3072,
+                 depths: Sequence[int] = (1, 1, 1, 1), num_columns: int = 4, dropout: float = 0.1, activation: str = 'relu',
+                 norm_first: bool = False, vocab_size: int | None = None, batch_first: bool = True, frozen_stages: int = -1,
+                 reversible: bool = False, drift_threshold: float | None = None, on_drift: str = 'raise',
+                 with_cp: bool = False, init_cfg: dict | None = None) -> None:
         depths = tuple(depths)
         if not depths or any(not isinstance(depth, int) or depth < 1 for depth in depths):
-            raise ValueError(f'depths={depths!r}: positive integers, one for each level')
-        if not isinstance(num_columns, int) or num_columns < 1:
-            raise ValueError(f'num_columns={num_columns!r}: a positive integer')
+            raise ValueError(f'depths must be positive integers, one for each level, but got {depths!r}')
+        check_positive_int('num_columns', num_columns)
         if d_model % nhead:
-            raise ValueError(f'd_model={d_model!r}: a multiple of nhead={nhead!r}')
+            raise ValueError(f'd_model must be a multiple of nhead, but got d_model={d_model!r} and nhead={nhead!r}')
         super().__init__(depths, num_columns, (len(depths) - 1, ), frozen_stages, reversible, drift_threshold, on_drift,
                          with_cp, init_cfg)
         self.d_model, self.batch_first = d_model, batch_first
@@ -107,20 +96,24 @@ class RevColTransformerEncoder(ColumnStack):
         """Encodes a batch of sequences.
 
         Args:
-            src: tokens (N, T), or embeddings (N, T, d_model).
-            mask: who attends to whom, (T, T) or (N·nhead, T, T): bool (True: not allowed) or added to the logits.
-            src_key_padding_mask: (N, T), True where a token is padding, which nobody attends to.
-            is_causal: a hint that ``mask`` is the causal one.
+            src (Tensor): tokens (N, T), or embeddings (N, T, d_model).
+            mask (Tensor | None): attention mask, (T, T) or (N·nhead, T, T): bool, where True forbids attention, or numbers that
+                are added to the logits. Default: None.
+            src_key_padding_mask (Tensor | None): (N, T), True at padding, which no token attends to. Default: None.
+            is_causal (bool | None): a hint that ``mask`` is the causal mask. Default: None, which means False.
 
         Returns:
-            Tensor: (N, T, d_model). What stands at padded positions has no meaning.
+            Tensor: (N, T, d_model). The values at padded positions have no meaning.
+
+        Raises:
+            ValueError: if ``src`` has another shape, or holds tokens and there is no ``vocab_size``.
         """
         tokens = not src.is_floating_point()
         if src.dim() != 3 - tokens or (not tokens and src.shape[-1] != self.d_model):
-            raise ValueError(f'src of shape {tuple(src.shape)} and dtype {src.dtype}: integer tokens (N, T), or embeddings '
-                             f'(N, T, {self.d_model}); with batch_first=False (T, N) and (T, N, {self.d_model})')
+            raise ValueError(f'src must be integer tokens (N, T) or embeddings (N, T, {self.d_model}), with batch_first=False '
+                             f'(T, N) or (T, N, {self.d_model}), but got the shape {tuple(src.shape)} and dtype {src.dtype}')
         if tokens and self.stem.embedding is None:
-            raise ValueError('src holds tokens, but the encoder was built without vocab_size: it takes embeddings')
+            raise ValueError('src must hold embeddings, because the encoder was built without vocab_size, but got tokens')
         x = self.stem(src if self.batch_first else src.transpose(0, 1))
         context = dict(src_mask=mask, src_key_padding_mask=src_key_padding_mask, is_causal=bool(is_causal))
         x = self.norm(*self.run_columns(x, context=context))
@@ -128,13 +121,14 @@ class RevColTransformerEncoder(ColumnStack):
 
 
 class WideMemoryDecoderLayer(nn.TransformerDecoderLayer):
-    """torch's decoder layer with a memory of another width than its own, to stand behind :class:`RevColTransformerEncoder`.
+    """torch's decoder layer for an encoder of another width, such as :class:`RevColTransformerEncoder`.
 
     Args:
-        d_model: width of the decoder.
-        nhead: heads.
-        memory_dim: width of the encoder's output, from which keys and values come.
-        kwargs: as in :class:`torch.nn.TransformerDecoderLayer`.
+        d_model (int): width of the decoder.
+        nhead (int): number of attention heads.
+        memory_dim (int): width of the encoder's output, from which keys and values are computed.
+        dim_feedforward (int), dropout (float), batch_first (bool), **kwargs: as in :class:`torch.nn.TransformerDecoderLayer`.
+            Defaults: 2048, 0.1 and True.
     """
 
     def __init__(self, d_model: int, nhead: int, memory_dim: int, dim_feedforward: int = 2048, dropout: float = 0.1,

@@ -10,16 +10,17 @@ from mmcv.cnn.bricks.transformer import PatchEmbed
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..layers import check_positive_int, init_weights
 from .base import Column, ColumnStack, TokenFusion
 
-#: Upper bound of the learned factor on the cosine, as in Swin Transformer V2.
+#: Upper bound of the learned scale of the cosine, as in Swin Transformer V2.
 MAX_LOGIT_SCALE = 100.
 
 
 class CosineAttention(nn.Module):
-    """Multi-head self-attention on scaled cosines: softmax(s·cos(q, k))·v (Swin Transformer V2, section 3.2).
+    """Multi-head self-attention on scaled cosines: softmax(s·cos(q, k))·v (section 3.2 of Swin Transformer V2).
 
-    ``logit_scale`` is log s, one per head; s starts at 10 and is kept ≤ 100.
+    ``logit_scale`` is log s, one per head. s starts at 10, and is at most 100.
     """
 
     def __init__(self, channels: int, num_heads: int) -> None:
@@ -32,7 +33,7 @@ class CosineAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, channels = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (N, heads, L, C / heads)
-        # Norms in float32 at least: the squares of half-precision q and k over- and underflow.
+        # The norms need at least float32, because the squares of half-precision q and k overflow and underflow.
         dtype = torch.promote_types(v.dtype, torch.float32)
         scale = self.logit_scale.to(dtype).clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
         q = F.normalize(q.to(dtype), dim=-1) * scale.view(-1, 1, 1)
@@ -42,12 +43,12 @@ class CosineAttention(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Cosine attention and FFN, each followed by its LayerNorm inside the residual branch: x + LN(f(x)).
+    """Cosine attention and FFN, each followed by a LayerNorm inside the residual branch: x + LN(f(x)).
 
     Args:
-        channels: C.
-        num_heads: heads of the attention.
-        drop_path_rate: probability of dropping a branch.
+        channels (int): C.
+        num_heads (int): number of attention heads.
+        drop_path_rate (float): probability that a branch is dropped. Default: 0.
     """
 
     def __init__(self, channels: int, num_heads: int, drop_path_rate: float = 0.) -> None:
@@ -64,9 +65,9 @@ class ViTBlock(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Patch embedding plus a learned position embedding, interpolated (bicubic) where the image has another size.
+    """Patch embedding plus a learned position embedding, which is interpolated (bicubic) if the image has another size.
 
-    Images whose size is no multiple of the patch are padded with zeros at the right and the bottom.
+    Images whose size is not a multiple of the patch size are padded with zeros at the right and the bottom.
     """
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, in_channels: int, channels: int) -> None:
@@ -85,29 +86,32 @@ class PatchStem(nn.Module):
 
 @MODELS.register_module()
 class RevColViT(ColumnStack):
-    """RevCol with isotropic columns: four levels of ViT blocks at the one resolution of the patches.
+    """RevCol with isotropic columns: all four levels have ViT blocks at the resolution of the patches.
 
-    Input (N, in_channels, H, W), output a tuple of the last column's features, contiguous, all at stride ``patch_size``. There
-    is no class token: classifiers pool the last map, and :class:`revcol_mm.detection.SimpleFPN` makes a pyramid of the maps.
+    The input is (N, in_channels, H, W). The output is a tuple of the last column's features, contiguous, all at stride
+    ``patch_size``. There is no class token: classifiers pool the last feature map, and
+    :class:`revcol_mm.detection.SimpleFPN` makes a pyramid of the feature maps.
 
-    Blocks have post-norm residual branches and scaled cosine attention. The last Linear of each FFN is divided by √(2·id) at
-    initialisation, id being the depth of :meth:`get_layer_depth`; all weights are truncated normal (std 0.02) before that.
-    The paper is silent on positions: they are learned, absolute and interpolated, as in the plain ViT that it compares with;
-    the columns then never see the image's size.
+    Blocks have post-norm residual branches and scaled cosine attention. All weights are initialised truncated normal (std
+    0.02), and then the last Linear of each FFN is divided by √(2·id), where id is the layer id of :meth:`get_layer_depth`. The
+    paper does not describe the position embedding. Here it is learned, absolute and interpolated, as in the plain ViT that the
+    paper compares with.
 
     Args:
         arch (str | dict): 'small' or 'base' ('s', 'b'), or a dict with ``embed_dims``, ``depths`` (blocks of the four levels),
             ``num_heads`` and ``num_columns``. Default: 'small'.
-        img_size (int | Sequence[int]): (height, width) at which positions are learned; other sizes work too. Default: 224.
-        patch_size (int): Default: 16.
-        in_channels (int): Default: 3.
-        drop_path_rate (float): stochastic depth; rises linearly from 0 over the blocks of a column, and is the same in every
-            column. Default: 0.
+        img_size (int | Sequence[int]): size, or (height, width), at which positions are learned; images of other sizes work
+            too. Default: 224.
+        patch_size (int): side length of a patch in pixels. Default: 16.
+        in_channels (int): channels of the image. Default: 3.
+        drop_path_rate (float): stochastic depth rate. It rises linearly from 0 over the blocks of a column, and is the same in
+            every column. Default: 0.
         out_indices (Sequence[int]): levels to return. Default: (0, 1, 2, 3).
-        frozen_stages, reversible, drift_threshold, on_drift, with_cp, init_cfg: as in :class:`~revcol_mm.models.RevCol`.
+        frozen_stages (int), reversible (bool), drift_threshold (float | None), on_drift (str), with_cp (bool),
+            init_cfg (dict | None): as in :class:`~revcol_mm.models.RevCol`, with its defaults.
 
     Raises:
-        TypeError, ValueError: for arguments outside of the above, naming the argument and the value.
+        TypeError, ValueError: if an argument, or the shape of the images, is of another kind. The message names it.
     """
 
     ARCHS = {
@@ -117,31 +121,22 @@ class RevColViT(ColumnStack):
     ALIASES = dict(s='small', b='base')
     ARCH_KEYS = dict(embed_dims=None, depths=4, num_heads=None, num_columns=None)
 
-    def __init__(self,
-                 arch: str | dict = 'small',
-                 img_size: int | Sequence[int] = 224,
-                 patch_size: int = 16,
-                 in_channels: int = 3,
-                 drop_path_rate: float = 0.,
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
-                 frozen_stages: int = -1,
-                 reversible: bool = False,
-                 drift_threshold: float | None = None,
-                 on_drift: str = 'raise',
-                 with_cp: bool = False,
-                 init_cfg: dict | None = None) -> None:
+    def __init__(self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224, patch_size: int = 16,
+                 in_channels: int = 3, drop_path_rate: float = 0., out_indices: Sequence[int] = (0, 1, 2, 3),
+                 frozen_stages: int = -1, reversible: bool = False, drift_threshold: float | None = None,
+                 on_drift: str = 'raise', with_cp: bool = False, init_cfg: dict | None = None) -> None:
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
                          with_cp, init_cfg)
         self.embed_dims, self.num_heads = arch['embed_dims'], arch['num_heads']
         if self.embed_dims % self.num_heads:
-            raise ValueError(f"arch['embed_dims']={self.embed_dims}: a multiple of arch['num_heads']={self.num_heads}")
+            raise ValueError("arch['embed_dims'] must be a multiple of arch['num_heads'], but got "
+                             f'{self.embed_dims} and {self.num_heads}')
         self.channels = (self.embed_dims, ) * 4
-        if not isinstance(patch_size, int) or patch_size < 1:
-            raise ValueError(f'patch_size={patch_size!r}: a positive integer')
+        check_positive_int('patch_size', patch_size)
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(self.img_size) != 2 or any(not isinstance(length, int) or length < 1 for length in self.img_size):
-            raise ValueError(f'img_size={img_size!r}: a positive integer, or two of them: (height, width)')
+            raise ValueError(f'img_size must be a positive integer or a (height, width) of two, but got {img_size!r}')
         self.patch_size, self.in_channels = patch_size, in_channels
 
         self.stem = PatchStem(self.img_size, patch_size, in_channels, self.embed_dims)
@@ -154,10 +149,7 @@ class RevColViT(ColumnStack):
         self.freeze_stages()
 
     def _init_weights(self) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        self.apply(init_weights)
         nn.init.trunc_normal_(self.stem.pos_embed, std=0.02)
         with torch.no_grad():
             for name, module in self.named_modules():
@@ -165,16 +157,17 @@ class RevColViT(ColumnStack):
                     module.ffn[-1].weight /= math.sqrt(2 * self.get_layer_depth(name)[0])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of the last column.
+        """Returns the features of the last column.
 
         Args:
-            x: images, (N, in_channels, H, W).
+            x (Tensor): images, (N, in_channels, H, W).
 
         Returns:
             tuple[Tensor]: for each l in ``out_indices``, (N, C, H / patch_size, W / patch_size) rounded up, contiguous.
         """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'input of shape {tuple(x.shape)}: RevColViT takes (N, {self.in_channels}, H, W)')
+            raise ValueError(f'the input of RevColViT must have the shape (N, {self.in_channels}, H, W), but got '
+                             f'{tuple(x.shape)}')
         x, size = self.stem(x)
         return tuple(feature.transpose(1, 2).unflatten(2, size).contiguous()  # (N, L, C) -> (N, C, H, W)
                      for feature in self.run_columns(x))

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Classification heads of RevCol, and the decoders of intermediate supervision (section 3.3 of the paper, appendix B.1)."""
+"""Classification heads of RevCol, and the decoders of intermediate supervision (section 2.3 and appendix D.1 of the paper)."""
 from typing import Sequence
 
 import torch
@@ -10,9 +10,9 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from ..layers import ConvNeXtBlock, LayerNorm2d, init_weights
+from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights
 
-#: More classes than this, and the decoders are a single projection: the heads of the larger data sets stay small.
+#: With more classes, as in ImageNet-22K, the decoders are a single projection (appendix D.1).
 MAX_CLASSES_OF_PYRAMID_DECODER = 1000
 
 
@@ -33,11 +33,11 @@ class Classifier(nn.Module):
 class PyramidDecoder(nn.Module):
     """Rebuilds the image in steps: (N, C3, H/32, W/32) -> logits (N, 3, H, W).
 
-    Three times a 1×1 convolution to the width of the level below, LayerNorm, GELU, bilinear ×2 and one ConvNeXt block of
-    expansion 1, then a 1×1 convolution to 4×4 pixels.
+    It has three stages of a 1×1 convolution to the width of the level below, LayerNorm, GELU, bilinear ×2 and one ConvNeXt
+    block of expansion 1, and then a 1×1 convolution to 4×4 pixels.
 
     Args:
-        channels: C0 … C3.
+        channels (Sequence[int]): C0 … C3.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
@@ -56,10 +56,10 @@ class PyramidDecoder(nn.Module):
 
 
 class ProjectionDecoder(nn.Module):
-    """Rebuilds the image in one step: LayerNorm and a 1×1 convolution, (N, C3, H/32, W/32) -> logits (N, 3, H, W).
+    """Rebuilds the image in one step, LayerNorm and a 1×1 convolution: (N, C3, H/32, W/32) -> logits (N, 3, H, W).
 
     Args:
-        channels: C3.
+        channels (int): C3.
     """
 
     def __init__(self, channels: int) -> None:
@@ -73,12 +73,12 @@ class ProjectionDecoder(nn.Module):
 
 @MODELS.register_module()
 class RevColClsHead(ClsHead):
-    """One classifier on the last column, with the parameter names of the authors' checkpoints, ``cls.classifier``.
+    """One classifier on the last column. Its parameters have the names of the authors' checkpoints, ``cls.classifier``.
 
     Args:
         num_classes (int): number of classes.
         in_channels (int): C3.
-        init_scale (float): factor on the initial weight and bias of the Linear layer; the authors fine-tune with 0.001.
+        init_scale (float): factor of the initial weight and bias of the Linear layer. The authors fine-tune with 0.001.
             Default: 1.
         **kwargs: ``loss``, ``topk``, ``cal_acc`` of :class:`mmpretrain.models.ClsHead`.
 
@@ -88,7 +88,7 @@ class RevColClsHead(ClsHead):
 
     def __init__(self, num_classes: int, in_channels: int, init_scale: float = 1., **kwargs) -> None:
         super().__init__(**kwargs)
-        _check_num_classes(num_classes)
+        check_positive_int('num_classes', num_classes)
         self.num_classes, self.in_channels = num_classes, in_channels
         self.cls = Classifier(in_channels, num_classes)
         self.apply(init_weights)
@@ -105,34 +105,34 @@ class RevColClsHead(ClsHead):
 
 @MODELS.register_module()
 class IntermediateSupervisionHead(ClsHead):
-    """Four classifiers and three decoders on the columns; predictions come from the last classifier alone.
+    """Four classifiers and three decoders on the columns. Only the last classifier predicts.
 
-    Loss = CE(last) + Σ_i [ a_i·BCE_i + b_i·CE_i ], i = 0, 1, 2 for columns COL/4, COL/2 and 3·COL/4, with
-    a_i = reconstruction_weight·(1 − i/3) and b_i = classification_weight·(i + 1)/4: shallow columns keep what is in the image,
-    deep ones what it shows. BCE compares the decoders' logits with the image in [0, 1], clamped to [0.01, 0.99].
+    The loss (equation 4) is CE(last) + Σ_i [ a_i·BCE_i + b_i·CE_i ], where i = 0, 1, 2 for columns COL/4, COL/2 and 3·COL/4,
+    a_i = reconstruction_weight·(1 − i/3) and b_i = classification_weight·(i + 1)/4: for early columns the reconstruction counts
+    more, for late ones the classification. BCE compares the decoders' logits with the image in [0, 1], clamped to [0.01, 0.99].
 
     Args:
-        num_classes (int): number of classes. Up to 1000 classes the decoders are :class:`PyramidDecoder`, above
-            :class:`ProjectionDecoder`.
+        num_classes (int): number of classes. The decoders are :class:`PyramidDecoder` for up to 1000 classes, and
+            :class:`ProjectionDecoder` for more.
         in_channels (Sequence[int]): C0 … C3 of the backbone.
-        reconstruction_weight (float): Default: 3.
-        classification_weight (float): Default: 0.7.
-        score_every_head (bool): keep the scores of all four classifiers in every prediction, as ``head_scores`` (4,
+        reconstruction_weight (float): factor of all a_i. Default: 3.
+        classification_weight (float): factor of all b_i. Default: 0.7.
+        score_every_head (bool): whether every prediction holds the scores of all four classifiers, as ``head_scores`` (4,
             num_classes), for :class:`~revcol_mm.classification.HeadAccuracy`. Default: False.
-        cal_acc (bool): log the accuracy of every head in training; labels mixed by mixup or cutmix count as their larger
-            part. Default: False.
+        cal_acc (bool): whether to log the accuracy of every head in training. If mixup or cutmix has mixed labels, the label
+            with the larger part counts. Default: False.
         **kwargs: ``loss``, ``topk`` of :class:`mmpretrain.models.ClsHead`.
 
     Raises:
-        ValueError: if ``num_classes`` or ``in_channels`` are out of range.
+        ValueError: if ``num_classes`` is not a positive integer, or ``in_channels`` does not have four numbers.
     """
 
     def __init__(self, num_classes: int, in_channels: Sequence[int], reconstruction_weight: float = 3.,
                  classification_weight: float = 0.7, score_every_head: bool = False, **kwargs) -> None:
         super().__init__(**kwargs)
-        _check_num_classes(num_classes)
+        check_positive_int('num_classes', num_classes)
         if len(in_channels) != 4:
-            raise ValueError(f'in_channels={in_channels!r}: the widths of the four levels of the backbone')
+            raise ValueError(f'in_channels must be the channels of the four levels of the backbone, but got {in_channels!r}')
         self.num_classes, self.in_channels = num_classes, tuple(in_channels)
         self.score_every_head = score_every_head
         self.reconstruction_weights = [reconstruction_weight * (1 - i / 3) for i in range(3)]
@@ -147,35 +147,35 @@ class IntermediateSupervisionHead(ClsHead):
         return self.cls_blocks[-1].pool(feats[-1])
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Scores of the last classifier, (N, num_classes)."""
+        """Returns the scores of the last classifier, (N, num_classes)."""
         return self.cls_blocks[-1](feats[-1])
 
     def scores(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        """Scores of the four classifiers, (N, num_classes) each."""
+        """Returns the scores of the four classifiers, (N, num_classes) each."""
         return [classifier(feature) for classifier, feature in zip(self.cls_blocks, feats)]
 
     def reconstruct(self, feats: Sequence[Tensor]) -> list[Tensor]:
-        """The image as rebuilt from the first three features, logits, (N, 3, H, W) each."""
+        """Returns the images that the decoders rebuild from the first three features, as logits, (N, 3, H, W) each."""
         return [decoder(feature) for decoder, feature in zip(self.decoder_blocks, feats)]
 
     def loss(self, feats: tuple[Tensor, ...], data_samples: list[DataSample], images: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the compound loss.
+        """Returns the weighted terms of the compound loss.
 
         Args:
-            feats: level-3 features of columns COL/4, COL/2, 3·COL/4 and COL, (N, C3, H/32, W/32) each.
-            data_samples: with ``gt_score`` (soft labels) or ``gt_label``.
-            images: what the network saw, in [0, 1], (N, 3, H, W), H and W multiples of 32.
+            feats (tuple[Tensor]): level-3 features of columns COL/4, COL/2, 3·COL/4 and COL, (N, C3, H/32, W/32) each.
+            data_samples (list[DataSample]): the labels, as ``gt_score`` (soft labels) or ``gt_label``.
+            images (Tensor): the images that the network got, in [0, 1], (N, 3, H, W), H and W multiples of 32.
 
         Returns:
-            dict[str, Tensor]: ``loss_cls`` of the last head; ``loss_reconstruction{i}`` and ``loss_cls{i}`` of the inner ones,
-            already weighted, so that the loss is their sum; with ``cal_acc`` also ``head{i}_accuracy_top-{k}``.
+            dict[str, Tensor]: ``loss_cls`` of the last head, ``loss_reconstruction{i}`` and ``loss_cls{i}`` of the inner heads,
+            already weighted, so that the loss is their sum, and with ``cal_acc`` also ``head{i}_accuracy_top-{k}``.
 
         Raises:
             ValueError: if the size of the images is not a multiple of 32.
         """
         if images.shape[-2] % 32 or images.shape[-1] % 32:
-            raise ValueError(f'images of {images.shape[-2]}×{images.shape[-1]} pixels: intermediate supervision rebuilds the '
-                             'image from features at 1/32 of its size, so height and width must be multiples of 32')
+            raise ValueError('height and width of the images must be multiples of 32, because the decoders rebuild them from '
+                             f'features at stride 32, but got {images.shape[-2]}×{images.shape[-1]} pixels')
         soft = 'gt_score' in data_samples[0]
         if soft:
             target = torch.stack([sample.gt_score for sample in data_samples])
@@ -198,7 +198,7 @@ class IntermediateSupervisionHead(ClsHead):
 
     def predict(self, feats: tuple[Tensor, ...],
                 data_samples: list[DataSample | None] | None = None) -> list[DataSample]:
-        """Predictions of the last classifier, and with ``score_every_head`` the softmax scores of all, for evaluation."""
+        """Returns the predictions of the last classifier, with ``score_every_head`` also the softmax scores of all four."""
         if not self.score_every_head:
             return super().predict(feats, data_samples)
         scores = self.scores(feats)
@@ -206,8 +206,3 @@ class IntermediateSupervisionHead(ClsHead):
         for sample, heads in zip(predictions, torch.stack(scores, 1).softmax(-1)):
             sample.set_field(heads, 'head_scores')
         return predictions
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f'num_classes={num_classes!r}: a positive integer')

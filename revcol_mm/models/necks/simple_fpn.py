@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""A feature pyramid out of maps of one resolution (ViTDet, https://arxiv.org/abs/2203.16527, section 3)."""
+"""A feature pyramid from feature maps of one resolution (ViTDet, https://arxiv.org/abs/2203.16527, section 3)."""
 import math
 from typing import Sequence
 
@@ -13,30 +13,31 @@ from ..layers import LayerNorm2d
 
 @MODELS.register_module()
 class SimpleFPN(BaseModule):
-    """ViTDet's simple feature pyramid: every scale is made from a single-resolution map by itself, without a top-down path.
+    """ViTDet's simple feature pyramid: every scale is made separately from a single-resolution map, without a top-down path.
 
-    Sizes double by a transposed convolution each, and halve by max-pooling; then come a 1×1 and a 3×3 convolution to
-    ``out_channels``, each with LayerNorm.
+    Transposed convolutions double the size, and max-pooling halves it. Then a 1×1 and a 3×3 convolution to ``out_channels``
+    follow, each with LayerNorm.
 
     Args:
         in_channels (int): C of the backbone.
         out_channels (int): channels of the pyramid. Default: 256.
-        scale_factors (Sequence[float]): size of each output against the input, powers of 2. Default: (4, 2, 1, 0.5), strides
-            4, 8, 16 and 32 for patches of 16 pixels.
-        num_outs (int): outputs; those beyond ``scale_factors`` are the last one, subsampled by 2 each. Default: 5.
+        scale_factors (Sequence[float]): size of each output divided by that of the input, powers of 2. Default: (4, 2, 1,
+            0.5), which gives strides 4, 8, 16 and 32 with patches of 16 pixels.
+        num_outs (int): number of outputs. Outputs after those of ``scale_factors`` are made from the last one, each with half
+            the size of the one before. Default: 5.
 
     Raises:
-        ValueError: for scale factors that are no powers of 2, and fewer outputs than scales; in forward for another number of
-            maps than the neck takes.
+        ValueError: if a scale factor is not a power of 2, if there are fewer outputs than scale factors, or, in forward, if the
+            number of maps is another.
     """
 
     def __init__(self, in_channels: int, out_channels: int = 256, scale_factors: Sequence[float] = (4, 2, 1, 0.5),
                  num_outs: int = 5) -> None:
         super().__init__()
         if any(factor <= 0 or not math.log2(factor).is_integer() for factor in scale_factors):
-            raise ValueError(f'scale_factors={scale_factors!r}: powers of 2')
+            raise ValueError(f'scale_factors must be powers of 2, but got {scale_factors!r}')
         if num_outs < len(scale_factors):
-            raise ValueError(f'num_outs={num_outs}: at least one for each of scale_factors={scale_factors!r}')
+            raise ValueError(f'num_outs must be at least the number of scale_factors, {len(scale_factors)}, but got {num_outs}')
         self.num_outs = num_outs
         self.scales = nn.ModuleList(self._scale(in_channels, out_channels, int(math.log2(factor))) for factor in scale_factors)
 
@@ -55,17 +56,17 @@ class SimpleFPN(BaseModule):
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels, eps=1e-6))
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The pyramid.
+        """Returns the pyramid.
 
         Args:
-            inputs: maps (N, C, H, W): one, which all scales are made from, as in ViTDet, or one for each scale, such as the
-                levels of :class:`~revcol_mm.models.RevColViT`, level 0 for the finest.
+            inputs (Sequence[Tensor]): maps (N, C, H, W): a single one for all scales, as in ViTDet, or one for each scale, such
+                as the levels of :class:`~revcol_mm.models.RevColViT`, where level 0 makes the largest output.
 
         Returns:
             tuple[Tensor]: ``num_outs`` maps (N, out_channels, H·factor, W·factor), contiguous.
         """
         if len(inputs) not in (1, len(self.scales)):
-            raise ValueError(f'{len(inputs)} maps: SimpleFPN takes one, or {len(self.scales)}, one for each scale')
+            raise ValueError(f'SimpleFPN needs 1 map, or {len(self.scales)}, one for each scale, but got {len(inputs)} maps')
         inputs = list(inputs) * (len(self.scales) // len(inputs))
         # mmcv's RoIAlign reads every layout as if it were contiguous.
         outs = [scale(x).contiguous() for scale, x in zip(self.scales, inputs)]

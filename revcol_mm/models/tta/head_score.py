@@ -9,7 +9,7 @@ from mmpretrain.structures import DataSample
 
 @MODELS.register_module()
 class HeadScoreTTA(AverageClsScoreTTA):
-    """Averages the class scores of several views, those of every head (``head_scores``) too where a model keeps them."""
+    """Averages the class scores of several views, and the scores of every head (``head_scores``) if the model returns them."""
 
     def _merge_single_sample(self, data_samples: Sequence[DataSample]) -> DataSample:
         merged = super()._merge_single_sample(data_samples)

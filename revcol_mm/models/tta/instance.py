@@ -19,21 +19,20 @@ _FLIPPED_DIMS = dict(horizontal=(-1, ), vertical=(-2, ), diagonal=(-2, -1))
 class InstanceTTAModel(DetTTAModel):
     """Merges the boxes and the masks that a detector finds in several views of an image.
 
-    Boxes are mapped back to the image and merged by NMS per class, as mmdet's ``DetTTAModel`` does, which refuses masks. The
-    mask of a box that stays is the vote of the views: every view casts the mask of its own box of the same class that overlaps
-    most (IoU of at least ``vote_iou``), weighted by that box's score, and a pixel belongs to the object if half of the
-    weight says so. Why a vote: mmdet's heads hand out binary masks at the size of the image, whatever their kind (RoI masks,
-    queries, dynamic kernels), so this serves them all, and it is what averaging the views' probabilities comes to when these
-    are near 0 or 1.
+    Boxes are mapped back to the image and merged by NMS per class, as in mmdet's ``DetTTAModel``, which does not support masks.
+    The views vote on the mask of each box that NMS keeps: every view gives the mask of its own box of the same class with the
+    largest overlap (IoU of at least ``vote_iou``), weighted by the score of that box. A pixel belongs to the object if half of
+    the weight or more votes for it. All heads of mmdet (RoI masks, queries, dynamic kernels) return binary masks at the size of
+    the image, so voting works with every head. It is close to averaging the views' probabilities if these are near 0 or 1.
 
-    A single view, flipped or not, is returned as the detector gave it, mapped back: no second NMS touches its scores.
+    A single view, flipped or not, is mapped back and otherwise not changed: there is no second NMS.
 
     Args:
         module (dict | nn.Module): the detector.
-        tta_cfg (dict, optional): ``nms``, any that :func:`mmcv.ops.batched_nms` knows, soft-NMS too (default
-            ``dict(type='nms', iou_threshold=0.5)``), and ``max_per_img`` (default 100).
-        vote_iou (float): least overlap of a box that votes. Default: 0.5.
-        data_preprocessor (dict, optional): replaces the detector's.
+        tta_cfg (dict | None): ``nms``, a config of :func:`mmcv.ops.batched_nms`, soft-NMS included (default:
+            ``dict(type='nms', iou_threshold=0.5)``), and ``max_per_img`` (default: 100). Default: None.
+        vote_iou (float): smallest overlap of a box that votes. Default: 0.5.
+        data_preprocessor (dict | None): replaces that of the detector. Default: None.
     """
 
     def __init__(self, module, tta_cfg: dict | None = None, vote_iou: float = 0.5, **kwargs) -> None:
@@ -42,17 +41,17 @@ class InstanceTTAModel(DetTTAModel):
         self.vote_iou = vote_iou
 
     def test_step(self, data: dict) -> list[DetDataSample]:
-        """Merged predictions of a batch whose every item comes in several views.
+        """Returns merged predictions of a batch in which every image has several views.
 
-        The detector is not told which views are flipped: mmdet's cascades would flip their masks back by themselves, with a
-        negative step, which torch does not know, and a second time here.
+        The metadata for the detector says that no view is flipped. Otherwise mmdet's cascades would flip the masks back
+        themselves (with a negative step, which torch does not support), and they would be flipped a second time here.
         """
         for sample in itertools.chain.from_iterable(data['data_samples']):
             sample.set_metainfo(dict(flip=False, flip_of_view=_is_flipped(sample)))
         return super().test_step(data)
 
     def _merge_single_sample(self, data_samples: Sequence[DetDataSample]) -> DetDataSample:
-        """Merges the views of one image into the first one's data sample, with boxes and masks of the image as it is."""
+        """Merges the views of one image into the data sample of the first view, in the coordinates of the unflipped image."""
         views = [_undo_flip(sample) for sample in data_samples]
         merged = data_samples[0]
         merged.pred_instances = views[0] if len(views) == 1 else self._merge_views(views)
@@ -67,12 +66,12 @@ class InstanceTTAModel(DetTTAModel):
         dets, keep = dets[order], keep[order]
         merged = InstanceData(bboxes=dets[:, :-1], scores=dets[:, -1], labels=labels[keep])
         if 'masks' in views[0]:
-            # The box before soft-NMS is the one that belongs to the mask: NMS changes scores, never coordinates.
+            # These are the boxes before NMS, with the order of the merged ones; NMS changes scores, not coordinates.
             merged.masks = self._vote(boxes[keep], labels[keep], views)
         return merged
 
     def _vote(self, boxes: Tensor, labels: Tensor, views: list[InstanceData]) -> Tensor:
-        """Masks (K, H, W) for boxes (K, 4) and labels (K, ), from all views."""
+        """Returns the masks (K, H, W) that all views vote for, for boxes (K, 4) and labels (K, )."""
         size = views[0].masks.shape[-2:]
         weights = boxes.new_zeros(len(boxes))
         ayes = boxes.new_zeros((len(boxes), *size), dtype=torch.float32)
@@ -94,7 +93,7 @@ def _is_flipped(sample: DetDataSample) -> bool:
 
 
 def _undo_flip(sample: DetDataSample) -> InstanceData:
-    """Predictions of a view, mapped back to the image: mmdet has undone the scale, not the flip."""
+    """Returns the predictions of a view without its flip. mmdet has undone the scale already."""
     view = sample.pred_instances
     if not _is_flipped(sample):
         return view
