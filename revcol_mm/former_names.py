@@ -1,17 +1,17 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Names of version 0.1 that moved. They stay importable, because configs of finished runs and users' code hold them.
+"""Old names of modules and functions that moved after version 0.1. Configs of finished runs and users' code import them.
 
-Every entry is the same object under its old name. New code uses the new places.
+An old name is the same object as the new one. New code should use the new names.
 """
 import sys
 
 from . import checkpoint, converters, models, patches, reversible
 from .models import backbones
 
-#: Former module of ``revcol_mm.models`` -> module that holds its contents.
+#: Former module of ``revcol_mm.models`` -> module that now has its contents.
 MODULES = dict(c2f=backbones.c2f, deploy=backbones.deploy, revcol=backbones.revcol, reversible=reversible,
                sequence=backbones.sequence, stack=backbones.base, vit=backbones.vit)
-#: Names that ``revcol_mm.checkpoint`` had.
+#: Former names in ``revcol_mm.checkpoint``.
 CHECKPOINT = dict(enable_safe_loading=patches.enable_safe_loading,
                   **{name: getattr(converters, name) for name in converters.__all__})
 

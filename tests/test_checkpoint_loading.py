@@ -105,20 +105,20 @@ def without(part):
 
 @pytest.mark.parametrize('contents, sentence', [
     (lambda: dict(model={'conv.weight': torch.ones(3)}), 'holds no weights of RevCol: its names are conv.weight'),
-    (lambda: dict(meta='nothing'), 'holds no weights: a state dict'),
+    (lambda: dict(meta='nothing'), 'holds no weights: it must be a state dict'),
     (lambda: without('subnet2.'), r'weights of RevCol are missing: subnet2.alpha0, .*'),
     (lambda: without('pwconv1.bias'), r'15 of \d+ weights of RevCol are missing: subnet0.level0.blocks.0.pwconv1.bias'),
     (lambda: weights(arch=dict(num_columns=4)), 'weights have no place in it: subnet3.alpha0'),
     (lambda: weights(arch=dict(depths=[1, 2, 2, 1])), 'have no place in it: subnet0.level2.blocks.1.gamma'),
     (lambda: weights(arch=dict(channels=[4, 6, 8, 12])), r'shapes: subnet0.alpha3 \(1, 12, 1, 1\) instead of \(1, 10, 1, 1\)'),
-    (lambda: weights(kernel_size=5), r'depthwise kernels of 5×5, RevCol of 3×3; build the model with kernel_size=5'),
-    (lambda: weights(kernel_size=1), r'1×1, RevCol of 3×3; .*: python tools/pad_kernels.py \S+w.pth --size 3'),
+    (lambda: weights(kernel_size=5), r'depthwise kernels of 5×5, but RevCol of 3×3: build the model with kernel_size=5'),
+    (lambda: weights(kernel_size=1), r'1×1, but RevCol of 3×3: .*: python tools/pad_kernels.py \S+w.pth --size 3'),
     (lambda: {**weights(), 'stem.0.bias': torch.full((4, ), float('nan'))}, 'NaN or infinite values: stem.0.bias'),
     *((lambda dtype=dtype: {key: value.to(dtype) for key, value in weights().items()},
-       rf'w.pth: \d+ weights are not dense ones of .*: stem.0.weight \({dtype}\)')
+       rf'w.pth: all weights must be dense .*, but \d+ weights are not: stem.0.weight \({dtype}\)')
       for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)),
     (lambda: {**weights(), 'stem.0.bias': torch.ones(4).to_sparse()},
-     r'1 weights are not .*: stem.0.bias \(torch.float32, torch.sparse_coo\)'),
+     r'1 weights are not: stem.0.bias \(torch.float32, torch.sparse_coo\)'),
     (lambda: {**weights(), 'stem.0.bias': torch.ones(4, device='meta')}, r'stem.0.bias \(torch.float32, without data\)'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_what_does_not_fit_completely_is_an_error_and_changes_nothing(tmp_path, contents, sentence):

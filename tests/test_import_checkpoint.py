@@ -319,16 +319,16 @@ def spoil(name, value):
 
 @pytest.mark.parametrize('change, sentence', [
     (remove('.level3.'), r'no blocks of the levels \[3\]'),
-    (remove('subnet2.'), 'its columns have the numbers 0, 1, 3, where 0, 1, … without gaps are expected'),
+    (remove('subnet2.'), 'its columns must have the numbers 0, 1, … without gaps, but have 0, 1, 3'),
     (remove('subnet1.alpha'), '4 weights missing: subnet1.alpha0'),
-    (spoil('subnet9.alpha0', torch.zeros(1)), 'its columns have the numbers 0, 1, 2, 3, 9, where'),
+    (spoil('subnet9.alpha0', torch.zeros(1)), 'its columns must have .*, but have 0, 1, 2, 3, 9'),
     (spoil('cls.classifier.1.bias', torch.zeros(1000, dtype=torch.int8)), r'cls.classifier.1.bias \(torch.int8\)'),
     (spoil('cls.classifier.1.bias', torch.zeros(1000).to_sparse()), 'cls.classifier.1.bias .*sparse_coo'),
-    (spoil(7, torch.zeros(1)), 'names are no text: 7'),
+    (spoil(7, torch.zeros(1)), 'names are not strings: 7'),
     (spoil('subnet1.level0.blocks.0.dwconv.weight', torch.zeros(4, 1, 5, 5)), 'kernels of mixed sizes'),
     (spoil('subnet1.alpha1', torch.full((1, 8, 1, 1), float('nan'))), 'NaN or infinite values: subnet1.alpha1'),
     (spoil('subnet1.alpha1', torch.zeros(1, 9, 1, 1)), '1 weights of another shape: subnet1.alpha1'),
-    (spoil('extra.weight', torch.zeros(1)), 'of no known kind: .* there is extra.weight'),
+    (spoil('extra.weight', torch.zeros(1)), 'of no known kind: .* the file holds extra.weight'),
     (remove('subnet'), 'holds no RevCol'),
     (remove('cls.classifier.1.bias'), 'does not fit .*: 1 missing in the file: head.cls.classifier.1.bias'),
 ], ids=lambda value: value if isinstance(value, str) else '')
@@ -357,7 +357,7 @@ def test_a_config_that_does_not_fit_is_refused_with_the_names(tmp_path):
 
 @pytest.mark.parametrize('text, sentence', [
     (None, 'there is no config .*config.py'), ('model = dict(', 'config.py is not a valid config: SyntaxError'),
-    ('a = 1', "config.py is no config of a model: there is no 'model' in it"),
+    ('a = 1', "config.py is not the config of a model: there is no 'model' in it"),
     ("model = dict(type='Nothing')", 'the model of .*config.py cannot be built: KeyError: .*Nothing'),
     ("default_scope = 'mmpretrain'\nmodel = dict(type='ImageClassifier', backbone=dict(type='RevCol'), "
      "head=dict(type='LinearClsHead'))", 'the model of .*config.py cannot be built: TypeError: .*num_classes'),
@@ -379,10 +379,10 @@ def test_our_configs_go_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('contents, sentence', [
-    (dict(meta=5), "its 'meta' is a int where a dict is expected"),
-    (dict(meta=dict(dataset_meta=5)), "'dataset_meta' of its 'meta' is a int"),
-    (dict(meta=dict(revcol_mm=5)), "'revcol_mm' of its 'meta' is not what an import writes: 5"),
-    (dict(meta=dict(revcol_mm=dict(wrapping=[]))), "'revcol_mm' of its 'meta' is not what an import writes: {")])
+    (dict(meta=5), "its 'meta' must be a dict, but is of type int"),
+    (dict(meta=dict(dataset_meta=5)), "'dataset_meta' of its 'meta' must be a dict, but is of type int"),
+    (dict(meta=dict(revcol_mm=5)), "'revcol_mm' of its 'meta' must be what an import writes, but is 5"),
+    (dict(meta=dict(revcol_mm=dict(wrapping=[]))), "'revcol_mm' of its 'meta' must be what an import writes, but is {")])
 def test_a_meta_of_another_form_gets_a_sentence(tmp_path, contents, sentence):
     path = save(dict(contents, state_dict=mmseg0()['state_dict']), tmp_path / 'seg.pth')
     ways = [(import_main, [path]), (publish_main, [path])] if 'revcol_mm' not in sentence else []
@@ -396,7 +396,7 @@ def test_a_meta_of_another_form_gets_a_sentence(tmp_path, contents, sentence):
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_the_authors_names_are_not_turned_into_themselves(tmp_path, prefix):
     path = save(dict(model={prefix + name: value for name, value in official('tiny').items()}), tmp_path / 'r.pth')
-    with pytest.raises(SystemExit, match="r.pth holds nothing under 'backbone.': its names are the authors' already"):
+    with pytest.raises(SystemExit, match="r.pth must hold names with 'backbone.', but its names are the authors' already"):
         import_main([path, '--to-official'])
     assert os.listdir(tmp_path) == ['r.pth']
 
@@ -512,7 +512,7 @@ def test_models_with_our_other_backbones_are_published_with_less_of_a_descriptio
 
 def test_publishing_writes_two_formats_and_no_other(tmp_path):
     path = save(mmseg0(), tmp_path / 'seg.ckpt')
-    with pytest.raises(SystemExit, match='pub.txt ends in .txt, where .pth or .safetensors is expected'):
+    with pytest.raises(SystemExit, match='pub.txt must end in .pth or .safetensors, but ends in .txt'):
         publish_main([path, '--out', str(tmp_path / 'pub.txt')])
     assert os.listdir(tmp_path) == ['seg.ckpt']
     assert publish_checkpoint(path)[0].endswith('.pth')

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The depthwise kernels of RevCol's blocks, and how one becomes larger (appendix D.3.1)."""
+"""The depthwise kernels of RevCol's blocks, and their padding to a larger size (appendix D.3.1)."""
 import re
 from collections import defaultdict
 from typing import Mapping
@@ -10,48 +10,49 @@ from torch import Tensor, nn
 from .safe import CheckpointError, some
 
 KERNEL = re.compile(r'(?P<prefix>(?:.*\.)?)(?P<name>subnet\d+\.level\d\.blocks\.\d+\.dwconv\.weight)')
-STD = 1e-7  # of the border; the paper's
+STD = 1e-7  # standard deviation of the border, as in the paper
 
 
 def kernels_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The depthwise kernels of RevCol's blocks, (C, 1, k, k) each."""
+    """Returns the depthwise kernels of RevCol's blocks, (C, 1, k, k) each, by name."""
     return {key: value for key, value in weights.items() if isinstance(value, Tensor) and KERNEL.fullmatch(str(key))}
 
 
 def kernel_size_of(kernels: Mapping[str, Tensor], filename: str) -> int:
-    """The one size that all kernels have.
+    """Returns the size that all kernels have.
 
     Raises:
-        CheckpointError: there are none, of several sizes, or they are no depthwise kernels.
+        CheckpointError: if there are no kernels, if their sizes differ, or if they are not depthwise kernels.
     """
     if not kernels:
-        raise CheckpointError(f'{filename} holds no RevCol: no names such as subnet0.level0.blocks.0.dwconv.weight')
+        raise CheckpointError(f'{filename} holds no RevCol: it has no name such as subnet0.level0.blocks.0.dwconv.weight')
     by_size = defaultdict(list)
     for key, value in kernels.items():
         if value.dim() != 4 or value.shape[1] != 1 or value.shape[2] != value.shape[3]:
-            raise CheckpointError(f'{filename}: {key} has the shape {tuple(value.shape)}; a depthwise kernel is (C, 1, k, k)')
+            raise CheckpointError(f'{filename}: {key} must be a depthwise kernel of shape (C, 1, k, k), but got '
+                                  f'{tuple(value.shape)}')
         by_size[value.shape[-1]].append(key)
     if len(by_size) > 1:
-        raise CheckpointError(f'{filename} has kernels of mixed sizes, so it is no RevCol that can be built: ' + '; '.join(
+        raise CheckpointError(f'{filename} has kernels of mixed sizes, but all kernels of a RevCol have one size: ' + '; '.join(
             f'{size}×{size} in {len(keys)} ({some(keys, 2)})' for size, keys in sorted(by_size.items())))
     return next(iter(by_size))
 
 
 def draw_border(channels: int, size: int, std: float, generator: torch.Generator | None) -> Tensor:
-    """N(0, std²) in float32 on the CPU, (channels, 1, size, size): the same numbers whatever the dtype of the kernel."""
+    """Draws (channels, 1, size, size) from N(0, std²), in float32 on the CPU, so that every kernel dtype gets the same."""
     return torch.zeros(channels, 1, size, size).normal_(0., std, generator=generator)
 
 
 def pad_kernel(kernel: Tensor, border: Tensor) -> Tensor:
-    """The kernel in the centre of ``border``.
+    """Puts the kernel into the centre of ``border``.
 
-    The border is rounded to the kernel's dtype. float16 has a smallest step of 6e-8 there: at the paper's std about a
+    The border is rounded to the kernel's dtype. In float16 the smallest step near 0 is 6e-8: with the paper's std about a
     quarter of the border becomes 0, and the rest a small multiple of that step. The network still computes the same
-    function, and still trains, since the gradient of a kernel does not depend on its value.
+    function and can be trained, because the gradient of a kernel does not depend on its value.
 
     Args:
-        kernel: (C, 1, k, k), of a floating-point dtype.
-        border: (C, 1, K, K), K odd and not smaller than k.
+        kernel (Tensor): (C, 1, k, k), of a floating-point dtype.
+        border (Tensor): (C, 1, K, K), where K is odd and not smaller than k.
 
     Returns:
         Tensor: (C, 1, K, K), of the kernel's dtype, on its device.
@@ -63,20 +64,22 @@ def pad_kernel(kernel: Tensor, border: Tensor) -> Tensor:
 
 
 def pad_on_load(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-    """Pads kernels that are smaller than ``module.kernel_size`` while they are being loaded, whichever way.
+    """Pads kernels that are smaller than ``module.kernel_size`` while they are loaded.
 
-    A hook for :meth:`torch.nn.Module.register_load_state_dict_pre_hook`: ``RevCol(pad_pretrained=True)`` registers it, and
-    then ``init_cfg``, ``load_from`` and ``load_state_dict`` alike pad as :func:`pad_checkpoint` does with seed 0.
+    It is a hook for :meth:`torch.nn.Module.register_load_state_dict_pre_hook`, which ``RevCol(pad_pretrained=True)`` registers.
+    Then ``init_cfg``, ``load_from`` and ``load_state_dict`` pad in the same way as
+    :func:`~revcol_mm.converters.pad_checkpoint` with seed 0.
 
     Raises:
-        CheckpointError: kernels of mixed or even sizes, or that are no depthwise kernels.
+        CheckpointError: if the kernels have several sizes or an even size, or if they are not depthwise kernels.
     """
     kernels = {key: kernel for key, kernel in kernels_of(state_dict).items() if key.startswith(prefix)}
     if not kernels:
         return
     size = kernel_size_of(kernels, 'the checkpoint')
     if size % 2 == 0:
-        raise CheckpointError(f'the checkpoint has kernels of {size}×{size}: an even size has no centre, and cannot be padded')
+        raise CheckpointError('kernels must have an odd size to be padded, because an even size has no centre, but the '
+                              f'checkpoint has {size}×{size}')
     if size < module.kernel_size:
         generator = torch.Generator().manual_seed(0)
         for key, kernel in kernels.items():

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Weights for a backbone out of any of the files that hold one."""
+"""Loading the weights of a backbone from any kind of checkpoint that holds them."""
 import re
 from collections import Counter
 from typing import Any, Iterable, Mapping
@@ -13,7 +13,7 @@ from .safe import CheckpointError, read_checkpoint, some
 
 #: Buffer that marks a folded network (``RevCol.switch_to_deploy``) in its state dict.
 FOLDED = 'deployed'
-# Where the weights lie in a file, by who wrote it: mmengine and mmcv, then the authors' classification code.
+# Keys of the weights in a file: the first is that of mmengine and mmcv, the second that of the authors' classification code.
 WRAPPINGS = ('state_dict', 'model')
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -22,10 +22,10 @@ COUNTERS = ('num_batches_tracked', FOLDED)  # integers among the weights of ever
 
 
 def find_state_dict(checkpoint: Any, filename: str) -> tuple[dict[str, Tensor], str | None]:
-    """The weights inside of a checkpoint, and the key they lie under (None for a bare state dict).
+    """Returns the weights in a checkpoint, and their key in it (None for a bare state dict).
 
     Raises:
-        CheckpointError: there are none, or some whose name is no text.
+        CheckpointError: if there are no weights, or if the name of a weight is not a string.
     """
     if isinstance(checkpoint, Mapping):
         for wrapping in (*WRAPPINGS, None):
@@ -34,28 +34,28 @@ def find_state_dict(checkpoint: Any, filename: str) -> tuple[dict[str, Tensor], 
             weights = {key: value for key, value in entries if isinstance(value, Tensor)}
             nameless = [key for key in weights if not isinstance(key, str)]
             if nameless:
-                raise CheckpointError(f'{filename} holds weights whose names are no text: {some(map(repr, nameless))}')
+                raise CheckpointError(f'{filename} holds weights whose names are not strings: {some(map(repr, nameless))}')
             if weights:
                 return weights, wrapping
     found = f'the keys {some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
-    raise CheckpointError(f"{filename} holds no weights: a state dict, {{'state_dict': …}} or {{'model': …}} is expected, and "
-                          f'there is {found}')
+    raise CheckpointError(f"{filename} holds no weights: it must be a state dict, {{'state_dict': …}} or {{'model': …}}, but "
+                          f'holds {found}')
 
 
 def find_meta(checkpoint: Any, filename: str) -> Mapping[str, Any]:
-    """What a checkpoint says about itself under 'meta'; {} if it says nothing.
+    """Returns the 'meta' of a checkpoint, or {} if there is none.
 
     Raises:
-        CheckpointError: it is no dict.
+        CheckpointError: if 'meta' is not a dict.
     """
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     if not isinstance(meta, (Mapping, type(None))):
-        raise CheckpointError(f"{filename}: its 'meta' is a {type(meta).__name__} where a dict is expected")
+        raise CheckpointError(f"{filename}: its 'meta' must be a dict, but is of type {type(meta).__name__}")
     return meta or {}
 
 
 def strip_module(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the ``module.`` that (Distributed)DataParallel puts before every name."""
+    """Removes the ``module.`` that (Distributed)DataParallel puts before every name."""
     weights = dict(weights)
     while weights and all(key.startswith('module.') for key in weights):
         weights = {key[len('module.'):]: value for key, value in weights.items()}
@@ -63,7 +63,7 @@ def strip_module(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_prefix(weights: Iterable[str], names: Iterable[str]) -> str:
-    """What precedes the module's own ``names`` in the file ('', 'backbone.', …): the prefix that finds most of them."""
+    """Returns the prefix of the module's ``names`` in the file ('', 'backbone.', …): the one with which most are found."""
     names, count = set(names), Counter()
     for key in weights:
         parts = key.split('.')
@@ -75,23 +75,24 @@ def load_pretrained(module: nn.Module,
                     checkpoint: str,
                     prefix: str | None = None,
                     map_location: str = 'cpu') -> None:
-    """Loads a backbone's weights from a released or own checkpoint, safely, and says what it did.
+    """Loads the weights of a backbone safely from a released or own checkpoint, and logs what was loaded.
 
-    Takes a bare state dict, ``{'model': …}`` or ``{'state_dict': …}``, each with or without ``module.`` and ``backbone.``
-    before the names, with whatever heads, classifiers and optimizers besides; or a ``.safetensors`` file. What was loaded,
-    left out and missing is logged. Output norms (``norm0`` …) may be missing, as they are in the released files. On the meta
+    The file is a bare state dict, ``{'model': …}`` or ``{'state_dict': …}``, with or without ``module.`` and ``backbone.``
+    before the names; or a ``.safetensors`` file. It may also hold heads, classifiers and optimizers. The log says what was
+    loaded, left out and missing. Output norms (``norm0`` …) may be missing, because the released files have none. On the meta
     device nothing is loaded.
 
     Args:
-        module: a RevCol, or any module.
-        checkpoint: path or URL.
-        prefix: what precedes the module's names in the file, after ``module.``. Default: None, find it.
-        map_location: where the file's tensors go before they are copied into the module. Default: 'cpu'.
+        module (nn.Module): a RevCol, or any module.
+        checkpoint (str): path or URL.
+        prefix (str | None): prefix of the module's names in the file, after ``module.``. Default: None, it is found.
+        map_location (str): device of the file's tensors before they are copied into the module. Default: 'cpu'.
 
     Raises:
-        FileNotFoundError, CheckpointError: the file cannot be read (see :func:`read_checkpoint`), holds nothing, or only a
-            part of the module, or weights of other shapes, or of other kernel sizes, or unusable ones (see
-            :func:`check_weights`). The module is left as it was.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file cannot be read (see :func:`read_checkpoint`), if it does not hold all weights of the
+            module, if shapes or kernel sizes differ, or if weights are unusable (see :func:`check_weights`). The module does
+            not change then.
     """
     name = type(module).__name__
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -109,14 +110,14 @@ def load_pretrained(module: nn.Module,
     found = {key: value for key, value in inside.items() if key in own}
     if not found:
         raise CheckpointError(f'{checkpoint} holds no weights of {name}' + (f' under {prefix!r}' if prefix else '') +
-                              f': its names are {some(weights)}, and {name} looks for {some(own)}')
+                              f': its names are {some(weights)}, but {name} needs {some(own)}')
     check_weights(found, checkpoint)
     if getattr(module, 'pad_pretrained', False):
         pad_on_load(module, found, '')
     if (FOLDED in inside) != (FOLDED in own):
-        raise CheckpointError(f'{checkpoint} holds a folded backbone (switch_to_deploy), {name} is not folded: give the '
-                              'checkpoint that it was folded from' if FOLDED in inside else
-                              f'{name} is folded (switch_to_deploy), {checkpoint} is not: load it first, then fold')
+        raise CheckpointError(f'{checkpoint} holds a folded backbone (switch_to_deploy), but this {name} is not folded: give '
+                              'the checkpoint that it was folded from' if FOLDED in inside else
+                              f'this {name} is folded (switch_to_deploy), but {checkpoint} is not: load it first, then fold')
     _check_shapes(found, own, checkpoint, name)
     missing = [key for key in own if key not in found]
     lacking = [key for key in missing if not re.match(r'norm\d+\.', key)]
@@ -124,7 +125,7 @@ def load_pretrained(module: nn.Module,
     if lacking or surplus:
         sentences = [f'{len(lacking)} of {len(own)} weights of {name} are missing: {some(lacking)}'] if lacking else []
         sentences += [f'{len(surplus)} weights have no place in it: {some(surplus)}'] if surplus else []
-        raise CheckpointError(f'{checkpoint} holds another backbone, or a part of one: {"; ".join(sentences)}')
+        raise CheckpointError(f'{checkpoint} holds another backbone, or only a part of one: {"; ".join(sentences)}')
 
     module.load_state_dict(found, strict=False)
     rest = Counter(key.split('.')[0] for key in weights if not (key.startswith(prefix) and key[len(prefix):] in found))
@@ -136,13 +137,13 @@ def load_pretrained(module: nn.Module,
 
 
 def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
-    """Looks whether a network can compute with the weights.
+    """Checks that a network can compute with the weights.
 
-    They are dense, finite, and float16, bfloat16, float32 or float64. Integers are for counters, and for the tables of other
-    networks' buffers (Swin's ``relative_position_index``): not for what is inside of a RevCol, nor for weights and biases.
+    Weights must be dense, finite, and of float16, bfloat16, float32 or float64. Integers are allowed only for counters, and for
+    buffers of other networks (Swin's ``relative_position_index``): not inside a RevCol, and not for a weight or bias.
 
     Raises:
-        CheckpointError: some are not so, naming them and their dtypes.
+        CheckpointError: if weights are not like that. The message names them and their dtypes.
     """
     unfit = []
     for key, value in weights.items():
@@ -152,8 +153,8 @@ def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
         elif value.dtype not in FLOATS and not (value.dtype in INTEGERS and integers_fit):
             unfit.append(f'{key} ({value.dtype})')
     if unfit:
-        raise CheckpointError(f'{filename}: {len(unfit)} weights are not dense ones of float16, bfloat16, float32 or float64: '
-                              f'{some(unfit)}')
+        raise CheckpointError(f'{filename}: all weights must be dense and of float16, bfloat16, float32 or float64, but '
+                              f'{len(unfit)} weights are not: {some(unfit)}')
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}')
@@ -168,10 +169,9 @@ def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filena
         here, there = own[kernels[0]].shape[-1], found[kernels[0]].shape[-1]
         advice = (f'build the model with kernel_size={there}' if there > here else
                   f'pad the kernels first: python tools/pad_kernels.py {filename} --size {here}')
-        raise CheckpointError(f'{filename} has depthwise kernels of {there}×{there}, {name} of {here}×{here}; {advice}')
-    listed = ', '.join(f'{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}' for key in different[:4])
-    raise CheckpointError(f'{filename} does not fit {name}: {len(different)} weights have other shapes: {listed}' +
-                          (', …' if len(different) > 4 else ''))
+        raise CheckpointError(f'{filename} has depthwise kernels of {there}×{there}, but {name} of {here}×{here}: {advice}')
+    listed = some(f'{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}' for key in different)
+    raise CheckpointError(f'{filename} does not fit {name}: {len(different)} weights have other shapes: {listed}')
 
 
 def _family(key: str) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Names of weights in the authors' files and in today's models, and what the names tell. Dictionaries only, no models."""
+"""Names of weights in the authors' files and in today's models, and what can be read from them. No model is needed."""
 from collections import Counter
 from typing import Any, Mapping
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from .loading import find_meta
 from .safe import CheckpointError, some
 
-# The authors' classification code has no 'backbone' and 'head' around its parts; mmpretrain has. Detectors (mmdet 2) and
-# segmentors (mmseg 0.x) have kept their names to this day.
+# Part of the authors' classifiers -> prefix that mmpretrain puts before it. The names of detectors (mmdet 2) and segmentors
+# (mmseg 0.x) have not changed.
 CLASSIFIER_PARTS = dict(stem='backbone', subnet='backbone', cls='head', cls_blocks='head', decoder_blocks='head')
 TASKS = (('detection', {'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'panoptic_head'}),
          ('segmentation', {'decode_head'}), ('classification', {'head'}))
-# The weight whose first dimension tells the number of classes, and what to take off it: mmdet's boxes have a background.
+# (weight whose first dimension is the number of classes, number to subtract from it: 1 for mmdet's background class)
 CLASSES = (('head.cls.classifier.1.weight', 0), ('head.cls_blocks.3.classifier.1.weight', 0),
            ('roi_head.bbox_head.0.fc_cls.weight', 1), ('roi_head.bbox_head.fc_cls.weight', 1),
            ('decode_head.conv_seg.weight', 0))
@@ -21,30 +21,34 @@ LAST_CLASSIFIER = 'head.cls_blocks.3.'
 
 
 def todays_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str | None]:
-    """{name in the file: name in today's models, or None for what they have no place for}."""
+    """Returns {name in the file: name in today's models, or None for a weight that they do not have}.
+
+    Raises:
+        CheckpointError: if a weight belongs to no part of the authors' classification code.
+    """
     if any(key.startswith('backbone.') for key in weights):
-        # mmcv 1's EMA hook keeps its copies as buffers of the model, with other dots
+        # mmcv 1's EMA hook keeps its copies as buffers of the model, whose names have '_' instead of '.'.
         averages = {f'ema_{key.replace(".", "_")}' for key in weights}
         return {key: None if key in averages else key for key in weights}
     unknown = [key for key in weights if _root(key) not in CLASSIFIER_PARTS]
     if unknown:
-        raise CheckpointError(f"{filename} is of no known kind: the parts of the authors' classification code are "
-                              f'{", ".join(CLASSIFIER_PARTS)}, and there is {some(unknown)}')
+        raise CheckpointError(f"{filename} is of no known kind: the parts of the authors' classifiers are "
+                              f'{", ".join(CLASSIFIER_PARTS)}, but the file holds {some(unknown)}')
     return {key: f'{CLASSIFIER_PARTS[_root(key)]}.{key}' for key in weights}
 
 
 def official_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str]:
-    """{name in today's models: name in the authors' code}, the inverse of :func:`todays_names`.
+    """Returns {name in today's models: name in the authors' code}, the inverse of :func:`todays_names`.
 
     Raises:
-        CheckpointError: for a classifier with weights that the authors' classification code has no place for.
+        CheckpointError: if a classifier has weights that the authors' classification code does not have.
     """
     if find_task(weights) not in ('classification', 'backbone'):
         return {key: key for key in weights}
     names = {key: key.partition('.')[2] for key in weights}
     unknown = [key for key, name in names.items() if CLASSIFIER_PARTS.get(_root(name)) != key.split('.')[0]]
     if unknown:
-        raise CheckpointError(f"{filename}: no place in the authors' classification code for {some(unknown)}")
+        raise CheckpointError(f"{filename} holds weights that the authors' classification code does not have: {some(unknown)}")
     return names
 
 
@@ -54,32 +58,32 @@ def _root(name: str) -> str:
 
 
 def find_task(weights: Mapping[str, Tensor]) -> str:
-    """As in :class:`ImportReport`, from today's names."""
+    """Returns the ``task`` of :class:`~revcol_mm.converters.ImportReport`, from today's names."""
     roots = {key.split('.')[0] for key in weights}
     return next((task for task, heads in TASKS if roots & heads), 'backbone' if roots == {'backbone'} else 'other')
 
 
 def find_num_classes(weights: Mapping[str, Tensor]) -> int | None:
-    """As in :class:`ImportReport`, from today's names."""
+    """Returns the number of classes, from today's names; None if the heads do not show it."""
     return next((weights[key].shape[0] - less for key, less in CLASSES if key in weights and weights[key].dim()), None)
 
 
 def count_dtypes(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """As in :class:`ImportReport`."""
+    """Returns the number of weights of each dtype."""
     return dict(Counter(str(value.dtype).replace('torch.', '') for value in weights.values()))
 
 
 def find_dataset_meta(checkpoint: Any, filename: str) -> dict[str, Any]:
-    """Classes and palette: mmdet 2 and mmseg 0.x keep them in capitals, today's inferencers look for ``dataset_meta``.
+    """Returns classes and palette as ``dataset_meta``, where today's inferencers look; mmdet 2 and mmseg 0.x use capitals.
 
     Raises:
-        CheckpointError: the checkpoint's 'meta', or 'dataset_meta' in it, is no dict.
+        CheckpointError: if the checkpoint's 'meta', or 'dataset_meta' in it, is not a dict.
     """
     meta = find_meta(checkpoint, filename)
     if meta.get('dataset_meta') is not None:
         if not isinstance(meta['dataset_meta'], Mapping):
             kind = type(meta['dataset_meta']).__name__
-            raise CheckpointError(f"{filename}: 'dataset_meta' of its 'meta' is a {kind} where a dict is expected")
+            raise CheckpointError(f"{filename}: 'dataset_meta' of its 'meta' must be a dict, but is of type {kind}")
         return dict(dataset_meta=meta['dataset_meta'])
     found = {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key) is not None}
     return dict(dataset_meta=found) if found else {}

@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Safe loading: no file runs code when it is loaded, and the checkpoints that mmengine writes can be loaded.
+"""Safe loading: loading a file never runs code from it, and the checkpoints that mmengine writes can be loaded.
 
-:mod:`revcol_mm.patches` puts the loaders of this module in the place of mmengine's.
+:mod:`revcol_mm.patches` replaces mmengine's loaders by those of this module.
 """
 import hashlib
 import io
@@ -30,17 +30,17 @@ try:
 except ImportError:  # numpy 1
     from numpy.core import multiarray
 
-NUMBER_KINDS = 'biufc'  # of numpy dtypes: booleans, integers, floats, complex numbers
+NUMBER_KINDS = 'biufc'  # kinds of numpy dtypes: booleans, integers, floats, complex numbers
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or does not fit. The message is one sentence that names the file."""
+    """A checkpoint cannot be read, cannot be written, or does not fit the model. The message is one line and names the file."""
 
 
 def _safe_getattr(owner: type, name: str) -> Any:
-    """Stands in for ``builtins.getattr``, which pickle calls for methods that an object refers to.
+    """Replaces ``builtins.getattr``, which pickle calls for methods that an object refers to.
 
-    Only for the statistics that every HistoryBuffer holds, and the annealing functions of the one-cycle schedulers.
+    It allows only the statistics of HistoryBuffer and the annealing functions of the one-cycle schedulers.
     """
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(HistoryBuffer, name)
@@ -50,41 +50,41 @@ def _safe_getattr(owner: type, name: str) -> Any:
 
 
 def _safe_dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
-    """Stands in for ``numpy.dtype``: number types only, and always a copy.
+    """Replaces ``numpy.dtype``. It allows number types only, and always makes a copy.
 
-    The pickle may overwrite the dtype's flags afterwards. On an object dtype that makes numpy take bytes of the file for
-    pointers; on numpy's own instance it changes every array of the process.
+    The pickle may overwrite the dtype's flags afterwards. With an object dtype, numpy would then use bytes of the file as
+    pointers; with numpy's own instance of a dtype, every array of the process would change.
     """
     if isinstance(code, str) and np.dtype(code).kind in NUMBER_KINDS:
         return np.dtype(code, False, True)
-    raise pickle.UnpicklingError(f'the file asks for the numpy dtype {code!r}; checkpoints hold numbers only')
+    raise pickle.UnpicklingError(f'the file asks for the numpy dtype {code!r}, but arrays in checkpoints must hold numbers')
 
 
 class _Settings:
-    """Stands in for dictionary classes of settings: what comes out is an OrderedDict."""
+    """Replaces dictionary classes of settings. Instances are OrderedDicts."""
 
     def __new__(cls, *args) -> OrderedDict:
         return OrderedDict(*args)
 
 
 def safe_globals() -> list:
-    """The types of mmengine's checkpoints, for :func:`torch.serialization.add_safe_globals`."""
+    """Returns the types of mmengine's checkpoints, for :func:`torch.serialization.add_safe_globals`."""
     dtypes = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdgFDG'}
     allowed = [HistoryBuffer, np.ndarray, (_safe_getattr, 'builtins.getattr'), (_safe_dtype, 'numpy.dtype'), *dtypes]
-    for package in ('numpy.core', 'numpy._core'):  # up to numpy 1, and from numpy 2 on
+    for package in ('numpy.core', 'numpy._core'):  # numpy 1, numpy 2
         allowed += [(multiarray._reconstruct, f'{package}.multiarray._reconstruct'),
                     (multiarray.scalar, f'{package}.multiarray.scalar')]
     allowed.append((scheduler.OneCycleParamScheduler, 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'))
-    # Settings inside of files: of mmengine's configs, and the authors' classification code, whose training checkpoints hold
-    # its configuration (yacs) and, by a slip, Python's function `input`.
+    # Settings in files: mmengine's configs, and those of the authors' classification code, whose training checkpoints hold a
+    # configuration (yacs) and, by mistake, Python's function `input`.
     allowed += [(_Settings, 'mmengine.config.config.ConfigDict'), (_Settings, 'yacs.config.CfgNode'), (None, 'builtins.input')]
     return allowed
 
 
-# The loaders take the place of mmengine's functions of the same names. mmengine's log shows what follows 'load_from_'.
+# The loaders replace mmengine's functions of the same names. mmengine's log shows the part of the name after 'load_from_'.
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Raises FileNotFoundError if there is no such file, and what :func:`torch.load` raises for a file that it refuses."""
+    """Loads a file. Raises FileNotFoundError if there is none, and the errors of :func:`torch.load` if it refuses the file."""
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'checkpoint {filename} does not exist')
@@ -92,7 +92,7 @@ def load_from_local(filename: str, map_location: Any = None) -> Any:
 
 
 def load_from_pavi(filename: str, map_location: Any = None) -> Any:
-    """Loads from the model cloud of SenseTime, ``pavi://…``, whose package must be installed."""
+    """Loads from SenseTime's model cloud, ``pavi://…``. Its package ``pavi`` must be installed."""
     from pavi import modelcloud
     model = modelcloud.get(filename.removeprefix('pavi://'))
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +108,7 @@ def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petr
 
 
 def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
-    """Loads one of OpenMMLab's pre-trained models by name, ``open-mmlab://…`` or ``openmmlab://…``.
+    """Loads a pre-trained model of OpenMMLab by name, ``open-mmlab://…`` or ``openmmlab://…``.
 
     Raises:
         KeyError: if mmengine does not know the name.
@@ -121,18 +121,18 @@ def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
 
 
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Raises CheckpointError if the file is none of this format, or damaged, or the package safetensors is missing."""
+    """Loads a file. Raises CheckpointError if it is damaged, if it has another format, or if safetensors is not installed."""
     safetensors = import_safetensors()
     try:
         device = str(map_location or 'cpu')
         weights = safetensors.torch.load_file(os.path.expanduser(filename), device='cpu' if device == 'meta' else device)
         return {key: value.to(device) for key, value in weights.items()}
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f'{filename}: not a safetensors file, or a damaged one ({error})') from None
+        raise CheckpointError(f'{filename}: it is not a safetensors file, or it is damaged ({error})') from None
 
 
 def import_safetensors() -> ModuleType:
-    """Raises CheckpointError if the package is not installed."""
+    """Returns the package safetensors. Raises CheckpointError if it is not installed."""
     try:
         import safetensors.torch
     except ModuleNotFoundError:
@@ -141,26 +141,26 @@ def import_safetensors() -> ModuleType:
 
 
 def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
-    """Downloads into torch's cache, unless it is there, and loads. In a distributed run the first process downloads.
+    """Downloads a file into torch's cache, if it is not there yet, and loads it. In a distributed run, process 0 downloads.
 
-    The name in the cache tells files of the same name from different addresses apart. mmengine's further arguments are ignored.
+    mmengine's further arguments are ignored.
 
     Raises:
-        URLError: it cannot be downloaded; also what loading a local file raises.
+        URLError: if the file cannot be downloaded. The errors of :func:`load_from_local` are raised too.
     """
     rank, world_size = get_dist_info()
     if rank == 0:
         _download(filename)
     if world_size > 1:
         torch.distributed.barrier()
-    path = _download(filename)  # of another machine's first process nothing is to be seen here
+    path = _download(filename)  # downloads again on a machine that does not share the cache of process 0
     if path.endswith('.safetensors'):
         return load_from_safetensors(path, map_location)
     return load_from_local(path, map_location)
 
 
 def _download(url: str) -> str:
-    """Path in torch's cache. The name tells files of the same name apart, such as two runs' ``best.pth``."""
+    """Returns the path in torch's cache. A hash of the URL separates files of one name, such as ``best.pth`` of two runs."""
     stem, extension = os.path.splitext(os.path.basename(urlparse(url).path))
     name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
@@ -172,19 +172,20 @@ def _download(url: str) -> str:
 
 
 def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', logger: str | None = 'current') -> Any:
-    """Contents of a checkpoint, without running code of it.
+    """Reads a checkpoint without running code from it.
 
     Args:
-        filename: a path, or a URL or other address that mmengine's ``CheckpointLoader`` knows; torch's format or safetensors.
-        map_location: where tensors go. Default: 'cpu'.
-        logger: mmengine's logger for the line that names the file. Default: 'current'.
+        filename (str): a path, a URL or another address that mmengine's ``CheckpointLoader`` knows, of a file in torch's format
+            or in safetensors.
+        map_location (str | torch.device): device of the tensors. Default: 'cpu'.
+        logger (str | None): mmengine's logger for the line that names the file. Default: 'current'.
 
     Returns:
-        What was saved, usually a dict.
+        Any: what was saved, usually a dict.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file is empty, damaged, no checkpoint, carries code, or cannot be downloaded.
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file is empty, damaged, not a checkpoint, contains code, or cannot be downloaded.
     """
     filename = str(filename)
     local = os.path.expanduser(filename)
@@ -192,40 +193,41 @@ def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', log
         raise FileNotFoundError(f'checkpoint {filename} does not exist' if not os.path.exists(local) else
                                 f'checkpoint {filename} is not a file')
     if '://' not in filename and os.path.getsize(local) == 0:
-        raise CheckpointError(f'{filename} is empty: no checkpoint')
+        raise CheckpointError(f'{filename} is empty, so it is not a checkpoint')
     try:
         return CheckpointLoader.load_checkpoint(filename, map_location=map_location, logger=logger)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_explain(filename, str(error))) from None
+        raise _explain(filename, str(error)) from None
     except URLError as error:
-        raise CheckpointError(f'{filename} could not be downloaded: {error}; download it by other means and give its path'
-                              ) from None
+        raise CheckpointError(f'{filename} could not be downloaded: {error}; download it yourself and give its path') from None
     except (CheckpointError, PermissionError):
         raise
     except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
             ValueError, struct.error) as error:
-        if 'TorchScript' in str(error):  # torch's own words advise to run it
+        if 'TorchScript' in str(error):  # torch's message advises to run it
             raise CheckpointError(f'{filename} is refused: it is a TorchScript archive, which is code, not data; nothing was '
                                   'run. Save the state_dict() of the model that it was made from') from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
-                              ) from None
+        raise _unreadable(filename, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
 
 
-def _explain(filename: str, message: str) -> str:
+def _unreadable(filename: str, reason: str) -> CheckpointError:
+    return CheckpointError(f'{filename} cannot be read as a checkpoint: it is damaged, cut off, or of another kind ({reason})')
+
+
+def _explain(filename: str, message: str) -> CheckpointError:
     for sign in ('Unsupported global: GLOBAL ', 'Trying to load unsupported GLOBAL ', 'the file asks for '):
         if sign in message:
             found = message.split(sign, 1)[1].splitlines()[0]
             found = found.split(' was not an allowed')[0].split(' whose module')[0]
-            return (f'{filename} is refused: it refers to {found}, which is code, not data, and loading it could run what its '
-                    'author pleases; nothing was run')
+            return CheckpointError(f'{filename} is refused: it refers to {found}, which is code, not data; loading it could '
+                                   'run any code, so nothing was run')
     if 'reduce for unrecognized function' in message:
-        return f'{filename} is refused: it calls functions on loading; nothing was run'
-    reason = message.strip().splitlines()[-1] if 'Unsupported operand' not in message else 'its bytes are no checkpoint'
-    return f'{filename} cannot be read as a checkpoint: damaged, cut off, or of another kind ({reason})'
+        return CheckpointError(f'{filename} is refused: loading it would call functions; nothing was run')
+    return _unreadable(filename, message.strip().splitlines()[-1] if 'Unsupported operand' not in message else
+                       'its bytes are not those of a checkpoint')
 
 
 def some(names: Iterable[Any], limit: int = 4) -> str:
-    """The first few of many names, for a message."""
+    """Returns the first few of many names, as text for a message."""
     names = [str(name) for name in names]
     return ', '.join(names[:limit]) + (', …' if len(names) > limit else '') if names else '(none)'

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""From one checkpoint file to another: finding the backbone in a file, importing, padding and publishing."""
+"""Converting checkpoint files: finding the backbone in a file, importing, padding and publishing."""
 from .backbone import Backbone, find_backbone
 from .importing import ImportReport, export_official, import_checkpoint
 from .padding import PaddingReport, pad_checkpoint

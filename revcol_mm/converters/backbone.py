@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""What a file's names and shapes say about the RevCol in it."""
+"""Finding the RevCol in a file by the names and shapes of the weights."""
 import re
 from dataclasses import dataclass
 from typing import Mapping
@@ -18,11 +18,11 @@ class Backbone:
     """A complete RevCol found in a state dict.
 
     Attributes:
-        prefix: what precedes its names: '', 'backbone.', 'module.backbone.' …
-        arch: name, or a dict for :class:`~revcol_mm.models.RevCol` where it is none of the named ones.
-        kernel_size: of the depthwise convolutions.
-        in_channels: of the image.
-        names: its own names, without the prefix.
+        prefix (str): prefix of its names in the file: '', 'backbone.', 'module.backbone.' …
+        arch (str | dict): name of the architecture, or a dict for :class:`~revcol_mm.models.RevCol` if it has no name.
+        kernel_size (int): size of the depthwise convolutions.
+        in_channels (int): channels of the image.
+        names (frozenset[str]): names of its weights, without the prefix.
     """
     prefix: str
     arch: str | dict
@@ -32,20 +32,21 @@ class Backbone:
 
 
 def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
-    """Size, kernel size and place of the RevCol in a state dict, checked against the names and shapes that such a RevCol has.
+    """Finds the RevCol in a state dict, and checks that it has all names and shapes of a RevCol of its size.
+
 
     Raises:
-        CheckpointError: there is none, more than one, or an incomplete one, naming what is wrong.
+        CheckpointError: if there is no RevCol, more than one, or an incomplete or folded one.
     """
     kernels = kernels_of(weights)
     kernel_size = kernel_size_of(kernels, filename)
     prefixes = sorted({KERNEL.fullmatch(key)['prefix'] for key in kernels})
     if len(prefixes) > 1:
-        raise CheckpointError(f'{filename} holds several RevCols, under {prefixes}')
+        raise CheckpointError(f'{filename} must hold one RevCol, but holds {len(prefixes)}, with the prefixes {prefixes}')
     prefix = prefixes[0]
     if prefix + FOLDED in weights:
-        raise CheckpointError(f'{filename} holds a folded RevCol (switch_to_deploy), which is for inference only: take the '
-                              'checkpoint that it was made from')
+        raise CheckpointError(f'{filename} holds a folded RevCol (switch_to_deploy), which is for inference only: use the '
+                              'checkpoint that it was folded from')
     own = {key[len(prefix):]: value for key, value in weights.items()
            if re.match(r'(stem|subnet\d+)\.', key[len(prefix):]) and key.startswith(prefix)}
     arch = _infer_arch(own, filename)
@@ -54,14 +55,14 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
         with torch.device('meta'):
             expected = RevCol(arch, in_channels=in_channels, kernel_size=kernel_size).state_dict()
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f'{filename} holds no RevCol that can be built (taken for {arch}, kernels of {kernel_size}×'
-                              f'{kernel_size}): {error}') from None
+        raise CheckpointError(f'{filename} holds no RevCol that can be built (its names and shapes say {arch}, kernels of '
+                              f'{kernel_size}×{kernel_size}): {error}') from None
     complaints = {'missing': [key for key in expected if key not in own],
                   'out of place': [key for key in own if key not in expected],
                   'of another shape': [key for key in own if key in expected and own[key].shape != expected[key].shape]}
     if any(complaints.values()):
         raise CheckpointError(
-            f'{filename} holds an incomplete or inconsistent RevCol (taken for {arch}): ' + '; '.join(
+            f'{filename} holds an incomplete or inconsistent RevCol (its names and shapes say {arch}): ' + '; '.join(
                 f'{len(keys)} weights {word}: {some(keys)}' for word, keys in complaints.items() if keys))
     named = [name for name, known in RevCol.ARCHS.items() if dict(dict(deep_to_shallow=False), **known) == arch]
     return Backbone(prefix, named[0] if named else arch, kernel_size, in_channels, frozenset(own))
@@ -79,15 +80,15 @@ def _infer_arch(own: Mapping[str, Tensor], filename: str) -> dict:
                 channels[int(block[1])] = channels[int(block[1])] or value.shape[0]
     absent = [level for level in range(4) if not channels[level]]
     if absent:
-        raise CheckpointError(f'{filename} holds a part of a RevCol only: no blocks of the levels {absent}')
+        raise CheckpointError(f'{filename} holds only a part of a RevCol: it has no blocks of the levels {absent}')
     for what, numbers in (('columns', columns), *((f'blocks of level {level}', blocks[level]) for level in range(4))):
         if numbers != {str(number) for number in range(len(numbers))}:
             listed = some(sorted(numbers, key=lambda number: (len(number), number)), 20)
-            raise CheckpointError(f'{filename} holds an incomplete or inconsistent RevCol: its {what} have the numbers {listed}'
-                                  ', where 0, 1, … without gaps are expected')
+            raise CheckpointError(f'{filename} holds an incomplete or inconsistent RevCol: its {what} must have the numbers 0, '
+                                  f'1, … without gaps, but have {listed}')
     depths = tuple(map(len, blocks))
-    if len(columns) * sum(depths) > len(own):  # or a small file could ask for a network of any size
-        raise CheckpointError(f'{filename} holds a part of a RevCol only: {len(own)} weights for {len(columns)} columns of '
-                              f'{depths} blocks')
+    if len(columns) * sum(depths) > len(own):  # without this check, a small file could ask for a network of any size
+        raise CheckpointError(f'{filename} holds only a part of a RevCol: it has {len(own)} weights for {len(columns)} columns '
+                              f'of {depths} blocks')
     return dict(channels=tuple(channels), depths=depths, num_columns=len(columns),
                 deep_to_shallow=any('.fusion.up2.' in key for key in own))

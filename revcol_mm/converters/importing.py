@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""From the files that the authors released to files that today's mmdet, mmseg and mmpretrain load strictly, and back."""
+"""Converts the authors' released files to files that today's mmdet, mmseg and mmpretrain load strictly, and back."""
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Mapping
@@ -28,15 +28,16 @@ class ImportReport:
     """What :func:`import_checkpoint` found and did.
 
     Attributes:
-        task: 'classification', 'detection', 'segmentation', 'backbone' (no heads) or 'other'.
-        backbone: its size, kernel size, and its place in the new names.
-        num_classes: None for a bare backbone, or heads that do not tell.
-        supervised: whether the file holds the heads of intermediate supervision.
-        dtypes: number of weights of every dtype.
-        renamed: {old name: new name} where they differ.
-        dropped: names of weights that the new file does not hold.
-        others: what else of the file it does not hold: optimizer, averaged weights, …
-        missing: names of the config's model that the file does not hold (buffers that count batches).
+        task (str): 'classification', 'detection', 'segmentation', 'backbone' (no heads) or 'other'.
+        backbone (Backbone): its size, kernel size, and prefix in the new names.
+        num_classes (int | None): None for a bare backbone, or if the heads do not show it.
+        supervised (bool): whether the file holds the heads of intermediate supervision.
+        dtypes (dict[str, int]): number of weights of each dtype.
+        kept (int): number of weights in the new file.
+        renamed (dict[str, str]): {old name: new name} of the weights whose name changes.
+        dropped (list[str]): names of weights that the new file does not hold.
+        others (list[str]): other entries that the new file does not hold: optimizer, averaged weights, …
+        missing (list[str]): names of the config's model that the file does not hold (counters of batches).
     """
     task: str
     backbone: Backbone
@@ -52,37 +53,41 @@ class ImportReport:
     def __str__(self) -> str:
         arch = self.backbone.arch if isinstance(self.backbone.arch, str) else (
             'custom, ' + ', '.join(f'{key}={value}' for key, value in self.backbone.arch.items()))
+        arrows = some((f'{old} → {new}' for old, new in self.renamed.items()), 2)
         return '\n'.join((
             f'task:        {self.task}' + (', with intermediate supervision' if self.supervised else ''),
             f'size:        {arch}',
             f'kernel size: {self.backbone.kernel_size}',
             f'classes:     {self.num_classes or "unknown"}',
             f'weights:     {self.kept} ({", ".join(f"{count} {name}" for name, count in self.dtypes.items())})',
-            f'mapped:      {len(self.renamed)} new names' + (f' (such as {_arrows(self.renamed)})' if self.renamed else ''),
+            f'mapped:      {len(self.renamed)} new names' + (f' (such as {arrows})' if self.renamed else ''),
             f'dropped:     {"; ".join([f"{len(self.dropped)}{_by_part(self.dropped)}", *self.others])}',
             f'missing:     {len(self.missing)}{_by_part(self.missing)}'))
 
 
 def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: bool = False,
                       filename: str = 'the checkpoint') -> tuple[dict[str, Any], ImportReport]:
-    """Turns a released file into ``{'state_dict': …, 'meta': …}`` with today's names.
+    """Converts a released file into ``{'state_dict': …, 'meta': …}`` with today's names.
 
-    ImageNet classifiers (1K, 22K, fine-tuned, Huge) become mmpretrain's, ``backbone.…`` and ``head.…``; Cascade Mask R-CNN of
-    mmdet 2 and UPerNet of mmseg 0.x keep their names. Weights and their dtypes stay as they are. Classes and palette go where
-    today's inferencers look. A classifier with intermediate supervision fits a config with a single classifier, too: its last
-    classifier is taken then, which is the one that predicts.
+    ImageNet classifiers (1K, 22K, fine-tuned, Huge) get the names of mmpretrain, ``backbone.…`` and ``head.…``. Cascade Mask
+    R-CNN of mmdet 2 and UPerNet of mmseg 0.x keep their names. Weights and their dtypes do not change. Classes and palette are
+    stored where today's inferencers look. If the file has intermediate supervision and the config has a single classifier, the
+    last classifier is used, which is the one that predicts.
 
     Args:
-        checkpoint: from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
-        config: of the model that will load the file: names and shapes are checked against it. Default: None, only the
-            backbone is checked.
-        ema: take the averaged weights of the authors' training checkpoints, ``state_dict_ema``. Default: False.
-        filename: for messages.
+        checkpoint (Any): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
+        config (str | Config | None): config of the model that will load the file; names and shapes are checked against it.
+            Default: None, only the backbone is checked.
+        ema (bool): whether to use the averaged weights of the authors' checkpoints, ``state_dict_ema``. Default: False.
+        filename (str): name of the file in messages. Default: 'the checkpoint'.
+
+    Returns:
+        tuple[dict, ImportReport]: the converted checkpoint, and the report.
 
     Raises:
-        CheckpointError: no RevCol, an incomplete one, unusable weights (see
-            :func:`~revcol_mm.checkpoint.loading.check_weights`), names of no known kind, a 'meta' of no known form, or a config
-            without a model that can be built, or whose model does not fit.
+        CheckpointError: if there is no complete RevCol, if weights are unusable (see
+            :func:`~revcol_mm.checkpoint.loading.check_weights`), if the names or the 'meta' are of no known kind, or if the
+            model of the config cannot be built or does not fit.
     """
     meta = find_dataset_meta(checkpoint, filename)
     if ema:
@@ -121,23 +126,27 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
 
 
 def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoint') -> dict[str, Any]:
-    """Back to the authors' names and wrapping: the exact inverse of :func:`import_checkpoint` for the weights.
+    """Converts back to the authors' names and wrapping: the exact inverse of :func:`import_checkpoint` for the weights.
 
-    Also for classifiers trained here: ``{'model': …}`` with the names of the authors' classification code.
+    A classifier that was trained with this package becomes ``{'model': …}`` with the names of the authors' code.
+
+    Args:
+        checkpoint (Mapping): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
+        filename (str): name of the file in messages. Default: 'the checkpoint'.
 
     Raises:
-        CheckpointError: no RevCol, an incomplete one, unusable weights, a 'meta' of no known form, or names that are the
-            authors' already.
+        CheckpointError: if there is no complete RevCol, if weights are unusable, if the 'meta' is of no known kind, or if the
+            names are already those of the authors.
     """
     weights = strip_module(find_state_dict(checkpoint, filename)[0])
     find_backbone(weights, filename)
     check_weights(weights, filename)
     if not any(key.startswith('backbone.') for key in weights):
-        raise CheckpointError(f"{filename} holds nothing under 'backbone.': its names are the authors' already, or of no known "
-                              f'kind ({some(weights)})')
+        raise CheckpointError(f"{filename} must hold names with 'backbone.', but its names are the authors' already, or of no "
+                              f'known kind ({some(weights)})')
     origin = find_meta(checkpoint, filename).get('revcol_mm') or {}
     if not isinstance(origin, Mapping) or not isinstance(origin.get('wrapping'), (str, type(None))):
-        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' is not what an import writes: {origin!r:.100}")
+        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' must be what an import writes, but is {origin!r:.100}")
     names = official_names(weights, filename)
     wrapping = origin.get('wrapping', 'model' if find_task(weights) in ('classification', 'backbone') else 'state_dict')
     module = 'module.' if origin.get('module') is True else ''
@@ -146,14 +155,14 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
 
 
 def model_shapes(config: str | Config) -> dict[str, torch.Size]:
-    """Names and shapes of the weights of a config's model, built on the meta device.
+    """Returns names and shapes of the weights of a config's model, which is built on the meta device.
 
     Raises:
-        CheckpointError: there is no model, or it cannot be built.
+        CheckpointError: if the config has no model, or if it cannot be built.
     """
     config = Config.fromfile(config) if isinstance(config, str) else config
     if config.get('model') is None:
-        raise CheckpointError(f"{_name(config)} is no config of a model: there is no 'model' in it")
+        raise CheckpointError(f"{_name(config)} is not the config of a model: there is no 'model' in it")
     try:
         with DefaultScope.overwrite_default_scope(config.get('default_scope')), torch.device('meta'):
             return {key: value.shape for key, value in MODELS.build(config.model).state_dict().items()}
@@ -168,7 +177,7 @@ def _name(config: str | Config) -> str:
 
 
 def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], filename: str, config: Any) -> list[str]:
-    """Refuses what strict loading would refuse. Returns the missing counters of batches, which it does not need."""
+    """Raises CheckpointError if strict loading would fail. Returns the missing counters of batches, which may be missing."""
     counters = [key for key in expected if key not in weights and key.endswith('num_batches_tracked')]
     missing = [key for key in expected if key not in weights and key not in counters]
     surplus = [key for key in weights if key not in expected]
@@ -180,9 +189,6 @@ def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], 
                 (missing, 'missing in the file'), (surplus, 'unknown to the config'), (shapes, 'of another shape')) if names))
     return counters
 
-
-def _arrows(renamed: Mapping[str, str]) -> str:
-    return some((f'{old} → {new}' for old, new in renamed.items()), 2)
 
 
 def _by_part(names: list[str]) -> str:

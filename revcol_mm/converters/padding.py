@@ -18,11 +18,13 @@ class PaddingReport:
     """What :func:`pad_checkpoint` did.
 
     Attributes:
-        size_before, size: k of the kernels.
-        std, seed: of the border.
-        kernels: for every set of weights in the file (key, or '' for a bare state dict), the padded names.
-        moments: tensors of optimizer state that were padded, with zeros.
-        notes: what the user must know, a sentence each.
+        size_before (int): old size of the kernels.
+        size (int): new size of the kernels.
+        std (float), seed (int): standard deviation and seed of the border.
+        kernels (dict[str, list[str]]): the padded names of each set of weights, by its key in the file ('' for a bare state
+            dict).
+        moments (int): number of tensors of the optimizer state that were padded with zeros.
+        notes (list[str]): sentences that the user must read.
     """
     size_before: int
     size: int
@@ -36,55 +38,55 @@ class PaddingReport:
 def check_size(size: int, present: int, filename: str) -> None:
     """Raises CheckpointError unless ``size`` is odd and larger than ``present``."""
     if size % 2 == 0:
-        raise CheckpointError(f'--size {size}: kernel sizes are odd, so that there is a centre')
+        raise CheckpointError(f'--size must be odd, so that the kernel has a centre, but got {size}')
     if size <= present:
-        raise CheckpointError(f'--size {size}: the kernels of {filename} are {present}×{present} already; padding makes them '
-                              'larger only')
+        raise CheckpointError(f'--size must be larger than {present}, because the kernels of {filename} are '
+                              f'{present}×{present} already, but got {size}')
 
 
 def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
                    filename: str = 'the checkpoint') -> tuple[Any, PaddingReport]:
-    """Pads every depthwise kernel of the RevCol in a checkpoint; everything else stays as it is.
+    """Pads every depthwise kernel of the RevCol in a checkpoint. Everything else stays as it is.
 
-    Bare state dicts, ``{'model': …}`` and ``{'state_dict': …}``, whole detectors and segmentors. Averaged copies of the
-    weights (``ema_state_dict``, ``state_dict_ema``) get the same border as the weights. Optimizer moments of the kernels are
-    padded with zeros, so that training can be resumed; where they cannot be told from others, the optimizer's state is left
-    out, and the report says so.
+    The checkpoint is a bare state dict, ``{'model': …}`` or ``{'state_dict': …}``, also of a whole detector or segmentor.
+    Averaged copies of the weights (``ema_state_dict``, ``state_dict_ema``) get the same border as the weights. Optimizer
+    moments of the kernels are padded with zeros, so that training can be resumed. If they cannot be distinguished from other
+    moments, the optimizer state is left out, and the report says so.
 
     Args:
-        checkpoint: from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
-        size: new kernel size, odd and larger than the present one.
-        std: of the border. Default: 1e-7.
-        seed: of the border. Default: 0.
-        filename: for messages.
+        checkpoint (Any): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
+        size (int): new kernel size, odd and larger than the present one.
+        std (float): standard deviation of the border. Default: 1e-7.
+        seed (int): seed of the border. Default: 0.
+        filename (str): name of the file in messages. Default: 'the checkpoint'.
 
     Returns:
         tuple[Any, PaddingReport]: the padded checkpoint, which shares all other tensors with ``checkpoint``, and the report.
 
     Raises:
-        CheckpointError: no RevCol, an incomplete one, mixed kernel sizes, weights that are unusable before or after padding
-            (:func:`~revcol_mm.checkpoint.loading.check_weights`), or a size, std or seed that cannot be.
+        CheckpointError: if there is no complete RevCol, if kernel sizes differ, if weights are unusable before or after padding
+            (see :func:`~revcol_mm.checkpoint.loading.check_weights`), or if size, std or seed have a wrong value.
     """
     weights, wrapping = find_state_dict(checkpoint, filename)
     backbone = find_backbone(weights, filename)
     check_size(size, backbone.kernel_size, filename)
     if not -2**63 <= seed < 2**64:
-        raise CheckpointError(f'--seed {seed}: a seed has 64 bits at most')
+        raise CheckpointError(f'--seed must be an integer of at most 64 bits, but got {seed}')
     if not 0 <= std < float('inf'):
-        raise CheckpointError(f'--std {std}: a standard deviation is not negative, and finite')
+        raise CheckpointError(f'--std must be finite and not negative, but got {std}')
 
     report = PaddingReport(backbone.kernel_size, size, std, seed)
     generator, borders, done = torch.Generator().manual_seed(seed), {}, {}
 
     def pad(key: str, kernel: Tensor) -> Tensor:
         place = (kernel.untyped_storage().data_ptr(), kernel.storage_offset(), kernel.shape, kernel.stride())
-        if place not in done:  # kernels that share memory go on sharing it
+        if place not in done:  # kernels that share memory also share it after padding
             name = KERNEL.fullmatch(key)['name']
             if name not in borders:  # the weights and their averages get the same border
                 borders[name] = draw_border(kernel.shape[0], size, std, generator)
             if len(borders[name]) != len(kernel):
-                raise CheckpointError(f'{filename}: {key} has {len(kernel)} channels in one place and {len(borders[name])} in '
-                                      'another')
+                raise CheckpointError(f'{filename}: {key} must have the same channels in all copies of the weights, but has '
+                                      f'{len(kernel)} channels in one place and {len(borders[name])} in another')
             padded = pad_kernel(kernel, borders[name])
             done[place] = nn.Parameter(padded, kernel.requires_grad) if isinstance(kernel, nn.Parameter) else padded
         return done[place]
@@ -97,7 +99,7 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
                                   f'{report.size_before}×{report.size_before}')
         larger = {key: pad(key, kernel) for key, kernel in kernels.items()}
         check_weights(larger, f'{place}, padded with --std {std}')
-        weights = copy.copy(weights)  # keeps torch's _metadata
+        weights = copy.copy(weights)  # keeps the attribute _metadata that torch stores
         weights.update(larger)
         report.kernels[where] = list(kernels)
         return weights
@@ -112,7 +114,7 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
     if padded.get('optimizer') is not None and padded['optimizer'] != {}:
         _pad_optimizer(padded, weights, report)
     if any(kernel.dtype == torch.float16 for kernel in kernels_of(weights).values()):
-        report.notes.append('the weights are float16, whose smallest step is 6e-8: the border is rounded to multiples of it')
+        report.notes.append('the weights are float16, so the border is rounded to multiples of its smallest step, 6e-8')
     return padded, report
 
 
@@ -132,20 +134,20 @@ class _Unclear(ValueError):
 
 
 def _pad_moments(optimizer: Any, weights: Mapping[str, Tensor], report: PaddingReport) -> Any:
-    """State of one optimizer, or of a dict of them, with the moments of the depthwise kernels padded by zeros.
+    """Returns the state of an optimizer, or of a dict of optimizers, with zero-padded moments of the depthwise kernels.
 
-    A moment has the shape of its parameter. Where every parameter of a kernel's shape is such a kernel, the shape alone tells;
-    otherwise the names that layer-decay constructors write into the parameter groups do.
+    A moment has the shape of its parameter. If no other parameter has the shape of a kernel, the shape identifies the moments
+    of the kernels. Otherwise the names that layer-decay constructors write into the parameter groups identify them.
     """
     if not isinstance(optimizer, Mapping):
-        raise _Unclear(f'a {type(optimizer).__name__} where a dict is expected')
+        raise _Unclear(f'it must be a dict, but is of type {type(optimizer).__name__}')
     if 'state' not in optimizer or 'param_groups' not in optimizer:
         parts = {key: value for key, value in optimizer.items() if isinstance(value, Mapping) and 'state' in value}
         if not parts:
             raise _Unclear("there is no 'state' and 'param_groups' in it")
         return {**optimizer, **{key: _pad_moments(value, weights, report) for key, value in parts.items()}}
     if not isinstance(optimizer['state'], Mapping):
-        raise _Unclear(f"its 'state' is a {type(optimizer['state']).__name__} where a dict is expected")
+        raise _Unclear(f"its 'state' must be a dict, but is of type {type(optimizer['state']).__name__}")
     kernels = kernels_of(weights)
     shapes = {kernel.shape for kernel in kernels.values()}
     others = [key for key, value in weights.items() if value.shape in shapes and key not in kernels]
@@ -160,9 +162,9 @@ def _pad_moments(optimizer: Any, weights: Mapping[str, Tensor], report: PaddingR
         state[index] = moments
         if not tensors or tensors[0].shape not in shapes:
             continue
-        name = index if isinstance(index, str) else names.get(index)  # FSDP's states go by name
+        name = index if isinstance(index, str) else names.get(index)  # FSDP stores the state by name
         if others and name is None:
-            raise _Unclear(f'{others[0]} has the shape of a depthwise kernel, and the parameters are not named')
+            raise _Unclear(f'{others[0]} has the shape of a depthwise kernel, and the parameters have no names')
         if not others or KERNEL.fullmatch(name):
             state[index] = {key: nn.functional.pad(value, [margin] * 4) if isinstance(value, Tensor) and value.dim() else value
                             for key, value in moments.items()}
@@ -174,4 +176,4 @@ def _names(groups: list[dict]) -> dict[int, str]:
     try:
         return {index: str(name) for group in groups for index, name in zip(group['params'], group.get('param_names', ()))}
     except (AttributeError, LookupError, TypeError):
-        raise _Unclear("its 'param_groups' are no list of dicts with 'params'") from None
+        raise _Unclear("its 'param_groups' must be a list of dicts with 'params'") from None

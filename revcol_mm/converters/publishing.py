@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""A checkpoint to give away: the weights, what describes them, and nothing else."""
+"""Publishing a checkpoint: the weights and their description, without the training state."""
 import hashlib
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import check_output, write_checkpoint, write_whole
+from ..checkpoint.files import check_folder, check_output, write_checkpoint, write_whole
 from ..checkpoint.kernels import kernels_of
 from ..checkpoint.loading import COUNTERS, check_weights, find_meta, find_state_dict, strip_module
 from ..checkpoint.names import count_dtypes, find_dataset_meta, find_num_classes, find_task
@@ -19,26 +19,26 @@ from ..version import __version__
 from .importing import import_checkpoint
 
 EXTENSIONS = ('.pth', '.safetensors')
-BUFFERS = ('.running_mean', '.running_var', *COUNTERS)  # are no parameters
-COLUMN = re.compile(r'backbone\.subnet\d+\.')  # of any of our backbones, in a whole model
+BUFFERS = ('.running_mean', '.running_var', *COUNTERS)  # endings of names that are not parameters
+COLUMN = re.compile(r'backbone\.subnet\d+\.')  # a column of any backbone of this package, in a whole model
 
 
 def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weights and metadata of a training checkpoint.
+    """Returns the weights and metadata of a training checkpoint.
 
-    Optimizer, schedulers, histories and second copies of the weights are left out. Of mmengine's two copies in a run with
-    averaging, ``state_dict`` is the averaged one, and stays. Models with another backbone of ours (RevColViT, RevColC2f) are
-    stripped too; their description tells neither size nor kernel size.
+    Optimizer, schedulers, histories and second copies of the weights are left out. In a run with weight averaging, mmengine
+    stores two copies; ``state_dict`` is the averaged one, and is kept. Models with RevColViT or RevColC2f are stripped too, but
+    their description has no size and no kernel size.
 
     Args:
-        checkpoint: from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
-        filename: for messages.
+        checkpoint (Any): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
+        filename (str): name of the file in messages. Default: 'the checkpoint'.
 
     Returns:
         tuple[dict, dict]: the published checkpoint, and its description (task, size, kernel size, classes, parameters, …).
 
     Raises:
-        CheckpointError: as :func:`~revcol_mm.checkpoint.import_checkpoint`.
+        CheckpointError: for the reasons of :func:`~revcol_mm.converters.import_checkpoint`.
     """
     weights, meta = strip_module(find_state_dict(checkpoint, filename)[0]), find_meta(checkpoint, filename)
     if not kernels_of(weights) and any(COLUMN.match(key) for key in weights):
@@ -60,31 +60,30 @@ def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> t
 
 
 def publish_checkpoint(source: str, out: str | None = None, force: bool = False) -> tuple[str, str, dict[str, Any]]:
-    """Writes ``{out}-{hash}.pth`` and ``{out}-{hash}.json``; the hash is the start of the file's SHA-256.
+    """Writes ``{out}-{hash}.pth`` and ``{out}-{hash}.json``. The hash is the first 8 digits of the file's SHA-256.
 
     Args:
-        source: checkpoint.
-        out: name without the hash; ending in ``.pth`` or ``.safetensors``, or without an ending. Default: None, that of
-            ``source``.
-        force: replace files that exist. Default: False.
+        source (str): path or URL of the checkpoint.
+        out (str | None): path without the hash, ending in ``.pth`` or ``.safetensors``, or without an ending. Default: None,
+            the path of ``source``.
+        force (bool): whether to replace existing files. Default: False.
 
     Returns:
         tuple[str, str, dict]: path of the checkpoint, path of its description, and the description.
 
     Raises:
-        CheckpointError, FileNotFoundError: the source cannot be read or is no complete RevCol, or the output has another
-            ending, or cannot be written.
+        CheckpointError: if the source cannot be read or is not a complete RevCol, or if the output has another ending or cannot
+            be written.
+        FileNotFoundError: if there is no source.
     """
     stem, extension = os.path.splitext(out or (os.path.basename(source) if '://' in source else source))
     if extension not in EXTENSIONS:
         if out and extension:
-            raise CheckpointError(f'the output {out} ends in {extension}, where .pth or .safetensors is expected')
+            raise CheckpointError(f'the output {out} must end in .pth or .safetensors, but ends in {extension}')
         extension = '.pth'
-    folder = os.path.dirname(os.path.abspath(stem))
-    if not os.path.isdir(folder):
-        raise CheckpointError(f'the output {out} has no folder: {folder} does not exist')
+    check_folder(stem)
     published, description = strip_training_state(read_checkpoint(source, logger='silent'), source)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.publish-') as temporary:
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(stem)), prefix='.publish-') as temporary:
         draft = os.path.join(temporary, 'draft' + extension)
         with write_whole(draft) as file:
             write_checkpoint(published, file, extension == '.safetensors')
