@@ -181,7 +181,7 @@ def place_anchors(columns: Sequence[ReversibleColumn], budget: float) -> set[int
 
 
 class _Column(torch.autograd.Function):
-    """One column as one node of the graph. It keeps its parameters, and the features that it reads only at an anchor."""
+    """One column as one node of the graph. It stores its parameters, and at an anchor also the stream that it reads."""
 
     @staticmethod
     def forward(ctx, call: ReversibleCall, column: ReversibleColumn, names: list[tuple], x: Tensor, *tensors: Tensor):
@@ -194,7 +194,7 @@ class _Column(torch.autograd.Function):
         # Where p needs no gradient (a frozen column), this node is the last of the backward pass, and compares with p itself.
         frozen = bool(p) and not any(ctx.needs_input_grad[4:4 + len(p)])
         ctx.is_last = frozen or ctx.index == 0
-        # An anchor is the stream, not its rounding: from that the column before could not be rebuilt.
+        # An anchor is the float64 stream, because the column before cannot be rebuilt from the rounded stream.
         anchor = p if frozen else p_stream if ctx.index - 1 in call.anchors else ()
         y: list[Tensor] = []
         y_stream: list[Tensor] = []
@@ -284,7 +284,7 @@ class _ColumnBackward:
             self.grad_gamma[level] = (grad_feature * self.p[level]).sum_to_size(gamma.shape).to(self.gammas[level].dtype)
 
     def _rebuild(self, level: int, f: Tensor, gamma: Tensor | None) -> None:
-        """p[l] from y[l] and F[l]. In the first column and at an anchor there is something to compare with."""
+        """Rebuilds p[l] from y[l] and F[l]. In the first column and at an anchor, it compares with known features."""
         y_stream, deviations = self.state.y_stream[level], self.state.deviations
         if gamma is None:
             deviations.append(deviation(y_stream, f))
@@ -298,7 +298,7 @@ class _ColumnBackward:
         self.p_stream[level] = rebuilt
 
     def _recompute(self, level: int, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
-        """F[l] once more, with the random numbers and the autocast state of the forward pass.
+        """Computes F[l] again, with the random numbers and the autocast state of the forward pass.
 
         Detached leaves take the place of the parameters, so that the parameters' hooks run once, for the gradient that this
         node returns. Copies take the place of the buffers, so that running statistics are updated once.
@@ -351,7 +351,7 @@ class _End(torch.autograd.Function):
 
 
 def contiguous(feature: Tensor) -> Tensor:
-    """The feature, contiguous; the gradient of a copy is channels-last if the feature was.
+    """Returns the feature in contiguous layout. If this makes a copy of a channels-last feature, its gradient is channels-last.
 
     A network in channels-last format runs its backward pass in the layout of the gradient that it gets. With the gradient of a
     contiguous copy, every block would have to reorder it.
@@ -387,7 +387,7 @@ class _RandomState:
 
 @contextmanager
 def _replay(random: _RandomState | None) -> Iterator[None]:
-    """Draws the random numbers of the forward pass once more; None if it drew none."""
+    """Makes F draw the random numbers of the forward pass again. ``random`` is None if it drew none."""
     if random is None:
         yield
         return
@@ -398,7 +398,7 @@ def _replay(random: _RandomState | None) -> Iterator[None]:
 
 
 def _split(column: ReversibleColumn, names: Sequence[Sequence[str]], items: Sequence) -> tuple[Sequence, Sequence, list]:
-    """(p, γ, the parameters of each level) out of what the node gets for them, one after the other."""
+    """Splits a list with one item for each of the node's inputs after x into (p, γ, the parameters of each level)."""
     levels = 0 if column.first else column.num_levels
     rest = iter(items[2 * levels:])
     return items[:levels], items[levels:2 * levels], [[next(rest) for _ in level] for level in names]

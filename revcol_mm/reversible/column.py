@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from .parameters import find_parameters
 
-#: Smallest |γ|. With a smaller one the inverse of a column would amplify rounding errors without bound.
+#: Smallest |γ| (section 2.2.2). With a smaller one the inverse of a column would amplify rounding errors without bound.
 MIN_GAMMA = 1e-3
 
 
 def level_inputs(level: int, above: Sequence[int], x: Tensor, y: Sequence[Tensor], p: Sequence[Tensor] | None) -> list[Tensor]:
-    """What F[l] reads, in the forward pass and in the inverse: y[l-1] (x at level 0), and p[j] for j in above[l]."""
+    """Returns what F[l] reads, in the forward pass and in the inverse: y[l-1] (x at level 0), and p[j] for j in above[l]."""
     return [y[level - 1] if level else x, *(p[j] for j in above)]
 
 
@@ -36,7 +36,7 @@ def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
 
 
 def keep_invertible(gamma: Tensor) -> Tensor:
-    """γ with |γ| raised to at least :data:`MIN_GAMMA`, its sign kept; a γ of exactly 0 becomes +MIN_GAMMA.
+    """Returns γ with |γ| raised to at least :data:`MIN_GAMMA`, its sign kept; a γ of exactly 0 becomes +MIN_GAMMA.
 
     The parameter itself is never changed, so that training, evaluation, EMA copies and sharded parameters all see the same
     value. The gradient passes straight through, so that a γ below the bound can grow again.
@@ -71,7 +71,7 @@ class ReversibleColumn(nn.Module):
         above (Sequence[Sequence[int]]): for each level, the levels of the column before that it reads; each must be > l. It is
             ignored in the first column.
         first (bool): whether this is the first column, which has no column before it: no upward path and no shortcut. Its γ
-            stand in the released files and have no effect; they are parameters without gradient. Default: False.
+            are in the released files and have no effect; they are parameters without gradient. Default: False.
         gamma_init (float): initial value of γ. Default: 0.5.
 
     Raises:
@@ -106,7 +106,7 @@ class ReversibleColumn(nn.Module):
 
     def forward(self, x: Tensor, p: Sequence[Tensor] | None, call: Any = None,
                 context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
-        """Features of this column, one per level.
+        """Returns the features of this column, one per level.
 
         Args:
             x (Tensor): the stem's output.
@@ -121,5 +121,5 @@ class ReversibleColumn(nn.Module):
         return run_levels(self, gammas, x, p, context)
 
     def level_parameters(self, index: int) -> dict[str, Tensor]:
-        """Name and tensor of every parameter that F[index] uses; see :func:`~.parameters.find_parameters`."""
+        """Returns name and tensor of every parameter that F[index] uses; see :func:`~.parameters.find_parameters`."""
         return find_parameters(self._modules[f'level{index}'], self._level_names[index], f'level{index}')

@@ -71,7 +71,7 @@ class DriftMonitor:
 
 
 def deviation(rebuilt: Tensor, reference: Tensor) -> Tensor:
-    """(largest difference, largest reference value), float32, shape (2, ), on the device of the features."""
+    """Returns (largest difference, largest |reference|) as float32 of shape (2, ), on the device of the features."""
     if not reference.numel():  # an empty batch
         return torch.zeros(2, device=reference.device)
     return torch.stack([(rebuilt - reference).abs().amax().float(), reference.abs().amax().float()])

@@ -7,10 +7,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 def find_parameters(module: nn.Module, names: Sequence[str], label: str) -> dict[str, Tensor]:
-    """Name and tensor of every parameter that a module uses.
+    """Returns name and tensor of every parameter that a module uses.
 
-    A parameter has one entry for each place where it stands: a submodule that is shared under one name has one, a tied
-    parameter has one under each of its names.
+    A parameter that is tied has an entry under each of its names. The parameters of a shared submodule have one entry each,
+    under its first name.
 
     Args:
         module (nn.Module): the module.
