@@ -1,7 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 import gzip
 import json
-from pathlib import Path
 from typing import Iterator
 
 import pytest
@@ -10,7 +9,7 @@ from mmengine.registry import DefaultScope
 
 import revcol_mm  # noqa: F401 - mmengine's checkpoints load, whichever test runs alone
 
-DATA = Path(__file__).parent / 'data'
+from .common import DATA
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,12 @@ import subprocess
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import pytest
 
 from revcol_mm import version as versions
+from tests.common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PINNED = {'torch': '2.12.1', 'mmengine': '0.10.7', 'mmcv': '2.1.0',
           'mmdet': '3.3.0', 'mmsegmentation': '1.2.2', 'mmpretrain': '1.2.0'}
 ONEDL = {'torch': '2.12.1', 'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1',

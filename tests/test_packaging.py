@@ -14,8 +14,8 @@ import pytest
 
 import revcol_mm
 from revcol_mm.utils.configs import config_path, get_config
+from tests.common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / 'tools' / 'setup_env.py'
 CONFIG = 'cascade_rcnn_revcol_b'
 LINK_TO_PACKAGES = 'packages_of_the_tests.pth'

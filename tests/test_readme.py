@@ -4,7 +4,6 @@ import inspect
 import os.path as osp
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -12,8 +11,7 @@ from mmengine.registry import TRANSFORMS
 
 from revcol_mm import config_path
 from revcol_mm.apis import config, test, train
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.common import ROOT
 
 
 def block(file: str, language: str, folder: str) -> str:

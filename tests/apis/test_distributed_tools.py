@@ -9,11 +9,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from test_configs import load, narrow
-from test_optim import build, settings
-from test_tools import ROOT, own_surroundings, workshop  # noqa: F401
 
 from revcol_mm.apis import errors, test, train
+from tests.common import ROOT, build_optimizer, load_config, narrow, parameter_groups
+
+pytestmark = pytest.mark.usefixtures('own_surroundings')
 
 SHARDED = ('runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy')
 
@@ -29,7 +29,7 @@ def launch_two(script, *arguments, cwd):
     return result.stdout + result.stderr
 
 
-def test_two_cpu_processes_train_and_test_a_detector(workshop, tmp_path):  # noqa: F811
+def test_two_cpu_processes_train_and_test_a_detector(workshop, tmp_path):
     config = workshop / 'detection.py'
     text = launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--auto-scale-lr', cwd=tmp_path)
     assert 'Iter(train) [2/2]' in text
@@ -38,7 +38,7 @@ def test_two_cpu_processes_train_and_test_a_detector(workshop, tmp_path):  # noq
     assert 'coco/segm_mAP: ' in text
 
 
-def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_path):  # noqa: F811
+def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_path):
     config = workshop / 'detection.py'
     launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--cfg-options', *SHARDED, cwd=tmp_path)
     text = launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--resume', 'auto', '--cfg-options', *SHARDED,
@@ -50,7 +50,7 @@ def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_pa
     cfg = Config.fromfile(str(config))
     cfg.model.neck.norm_cfg.type = 'BN'
     model = MODELS.build(cfg.model)
-    plain = settings(build(model, dict(lr=1e-3), layer_decay_rate=0.9))
+    plain = parameter_groups(build_optimizer(model, dict(lr=1e-3), layer_decay_rate=0.9))
     sharded = {name: group for group in checkpoint['optimizer']['param_groups'] for name in group['params']}
     assert sharded.keys() == plain.keys()
     for name, group in sharded.items():
@@ -61,7 +61,7 @@ def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_pa
     assert 'coco/bbox_mAP' in metrics
 
 
-def test_sharded_gradients_are_clipped_by_the_norm_of_all(workshop, tmp_path):  # noqa: F811
+def test_sharded_gradients_are_clipped_by_the_norm_of_all(workshop, tmp_path):
     launch_two('dist_train.sh', workshop / 'detection.py', 2, '--work-dir', 'work', '--cfg-options', *SHARDED,
                'optim_wrapper.optimizer.type=SGD', 'optim_wrapper.optimizer.lr=1.0', 'optim_wrapper.optimizer.weight_decay=0.0',
                'optim_wrapper.paramwise_cfg.layer_decay_rate=1.0', 'optim_wrapper.clip_grad.max_norm=0.1',
@@ -71,7 +71,7 @@ def test_sharded_gradients_are_clipped_by_the_norm_of_all(workshop, tmp_path):  
     assert torch.stack(steps).sum().sqrt().item() == pytest.approx(0.1, rel=1e-3)  # lr · max_norm
 
 
-def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path):  # noqa: F811
+def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path):
     cfg = Config.fromfile(str(workshop / 'detection.py'))
     cfg.model.neck.norm_cfg.type = 'BN'
     cfg.model.roi_head.bbox_head.num_classes = 3  # as after training on other classes
@@ -85,8 +85,8 @@ def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path
     assert trained['roi_head.bbox_head.fc_cls.weight'].shape[0] == 11
 
 
-def test_a_narrow_copy_of_revcol_h_trains_sharded(workshop, tmp_path):  # noqa: F811
-    cfg, digits = narrow(load('upernet_revcol_h')), Config.fromfile(str(workshop / 'segmentation.py'))
+def test_a_narrow_copy_of_revcol_h_trains_sharded(workshop, tmp_path):
+    cfg, digits = narrow(load_config('upernet_revcol_h')), Config.fromfile(str(workshop / 'segmentation.py'))
     cfg.model.backbone.init_cfg = None
     cfg.model.data_preprocessor = dict(cfg.model.data_preprocessor, size=(64, 64))
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'default_hooks', 'env_cfg'):
@@ -105,7 +105,7 @@ def test_the_scripts_say_how_to_call_them():
         assert result.returncode == 1 and f'tools/{script}' in result.stderr
 
 
-def test_a_missing_launcher_environment_is_named(workshop, monkeypatch):  # noqa: F811
+def test_a_missing_launcher_environment_is_named(workshop, monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(errors.LaunchError, match='--launcher pytorch: RANK, WORLD_SIZE, MASTER_ADDR .*torchrun'):

@@ -1,7 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """tools/infer.py and tools/export_onnx.py on small models of all three packages."""
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -20,17 +19,10 @@ from revcol_mm.apis.inference import _classes_and_palette, build_inferencer, fin
 from revcol_mm.checkpoint import CheckpointError
 from revcol_mm.datasets import make_digits
 from revcol_mm.utils.configs import config_path
+from tests.common import ROOT, load_tool
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = dict(detection='cascade_rcnn_revcol_nano_digits', segmentation='upernet_revcol_nano_digits',
                classification='revcol_nano_digits_cls')
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 infer, export_onnx = load_tool('infer'), load_tool('export_onnx')

@@ -12,12 +12,11 @@ from mmpretrain.registry import MODELS
 import revcol_mm.classification  # noqa: F401
 from revcol_mm.checkpoint import pad_checkpoint
 from revcol_mm.utils.configs import config_folder
-
-CHANNELS = (8, 16, 24, 32)
+from tests.common import CHANNELS, small_arch
 
 
 def arch(deep_to_shallow=False):
-    return dict(channels=CHANNELS, depths=(1, 1, 1, 1), num_columns=4, deep_to_shallow=deep_to_shallow)
+    return small_arch(4, depths=(1, 1, 1, 1), deep_to_shallow=deep_to_shallow)
 
 
 def pretrain(path, num_classes=10, kernel_size=3, deep_to_shallow=False):

@@ -1,6 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Every config builds, trains a step and predicts, at an eighth of its width; and its settings are those of the release."""
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,47 +13,11 @@ from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch import nn
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
+from tests.common import CONFIGS, gradients_of, load_config, narrow
+
 ALL = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for place in ('*.py', 'demo/*.py')
              for path in CONFIGS.glob(place))
 RELEASE = 'https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_'
-
-#: What holds a number of channels in a model's config.
-WIDTHS = ('channels', 'in_channels', 'out_channels', 'feat_channels', 'conv_out_channels', 'fc_out_channels', 'embed_dims',
-          'feedforward_channels', 'num_feats')
-SHRINK, COLUMNS = 8, 4  # intermediate supervision wants columns in fours
-
-
-def load(name: str) -> Config:
-    return Config.fromfile(CONFIGS / f'{name}.py')
-
-
-def narrow(cfg: Config) -> Config:
-    """The one rule: an eighth of every width, and four columns; kernels, blocks, paths and heads as they are.
-
-    DINO's transformer keeps its width: mmdet's position encoding of the decoder is written for 256 channels.
-    """
-    model = cfg.model
-    backbone = MODELS.get(model.backbone.type)
-    if isinstance(model.backbone.arch, str):
-        name = backbone.ALIASES.get(model.backbone.arch, model.backbone.arch)
-        model.backbone.arch = {key: value for key, value in backbone.ARCHS[name].items()}
-    model.backbone.arch.num_columns = min(model.backbone.arch.num_columns, COLUMNS)
-    if model.type == 'DINO':
-        divide_widths(model.backbone)
-        model.neck.in_channels = [width // SHRINK for width in model.neck.in_channels]
-    else:
-        divide_widths(model)
-    return cfg
-
-
-def divide_widths(node) -> None:
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if key in WIDTHS:
-            node[key] = [width // SHRINK for width in value] if isinstance(value, (list, tuple)) else value // SHRINK
-        divide_widths(value)
-    for item in node if isinstance(node, list) else ():
-        divide_widths(item)
 
 
 def build(cfg: Config, crop: int = 64) -> nn.Module:
@@ -73,7 +36,7 @@ def build(cfg: Config, crop: int = 64) -> nn.Module:
 
 
 def narrow_model(name: str, **kwargs) -> nn.Module:
-    return build(narrow(load(name)), **kwargs)
+    return build(narrow(load_config(name)), **kwargs)
 
 
 def images(cfg: Config, sizes=None, objects=None) -> dict:
@@ -107,7 +70,7 @@ def predictions(model: nn.Module, data: dict) -> list:
 
 @pytest.mark.parametrize('name', ALL)
 def test_every_config_trains_a_step_and_predicts(name):
-    cfg = load(name)
+    cfg = load_config(name)
     if not name.startswith('demo/'):  # those are small already
         narrow(cfg)
     model = build(cfg, crop=128 if name.startswith('demo/') else 64)
@@ -120,7 +83,7 @@ def test_every_config_trains_a_step_and_predicts(name):
     loss = loss_of(model, images(cfg, sizes))
     loss.backward()
     assert torch.isfinite(loss)
-    gradients = {key: value.grad for key, value in model.backbone.named_parameters() if value.grad is not None}
+    gradients = gradients_of(model.backbone)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert any(key.startswith('stem') for key in gradients)
     optimizer.step()
@@ -148,7 +111,7 @@ UPERNET = {
 
 @pytest.mark.parametrize('name,expected', [*CASCADE.items(), *UPERNET.items()])
 def test_rates_are_the_releases(name, expected):
-    cfg = load(name)
+    cfg = load_config(name)
     optimizer, backbone = cfg.optim_wrapper.optimizer, cfg.model.backbone
     assert (optimizer.type, optimizer.betas) == ('AdamW', (0.9, 0.999))
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
@@ -164,7 +127,7 @@ def test_rates_are_the_releases(name, expected):
     *[(f'cascade_rcnn_revcol_{name}_1x', 12, [8, 11], 500) for name in ('t', 's', 'b', 't_k5', 't_k7', 't_k11')],
     ('mask_rcnn_revcol_t', 12, [8, 11], 500), ('htc_revcol_h', 72, [63, 69], 500)])
 def test_detectors_warm_up_and_drop_at_the_papers_epochs(name, epochs, drops, warmup):
-    cfg = load(name)
+    cfg = load_config(name)
     first, second = cfg.param_scheduler
     assert (first.type, first.start_factor, first.end, first.by_epoch) == ('LinearLR', 0.001, warmup, False)
     assert (second.type, second.milestones, second.end, second.gamma) == ('MultiStepLR', drops, epochs, 0.1)
@@ -176,7 +139,7 @@ def test_detectors_warm_up_and_drop_at_the_papers_epochs(name, epochs, drops, wa
     ('upernet_revcol_b', 512, 426, 512, 1500), ('upernet_revcol_b_in22k', 640, 426, 512, 1500),
     ('upernet_revcol_l_in22k', 640, 426, 512, 3000), ('upernet_revcol_h', 640, 426, 1440, 3000)])
 def test_segmentors_crop_slide_and_warm_up_as_the_release(name, crop, stride, channels, warmup):
-    cfg = load(name)
+    cfg = load_config(name)
     test, transforms = cfg.model.test_cfg, {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
     assert (test.mode, test.crop_size, test.stride) == ('slide', (crop, crop), (stride, stride))
     assert cfg.model.data_preprocessor.size == transforms['RandomCrop'].crop_size == (crop, crop)
@@ -198,13 +161,13 @@ def test_segmentors_crop_slide_and_warm_up_as_the_release(name, crop, stride, ch
     ('cascade_rcnn_revcol_t_k5_1x', 5), ('cascade_rcnn_revcol_t_k7_1x', 7), ('cascade_rcnn_revcol_t_k11_1x', 11),
     ('htc_revcol_h', 7), ('dino_revcol_h_o365', 7), ('upernet_revcol_h', 7), ('mask2former_revcol_h', 13)])
 def test_padded_kernels_start_from_the_file_that_the_padder_writes(name, kernel):
-    backbone = load(name).model.backbone
+    backbone = load_config(name).model.backbone
     assert backbone.kernel_size == kernel
     assert backbone.init_cfg.checkpoint.endswith(f'_k{kernel}.pth')
 
 
 def test_htc_plus_plus_has_its_parts():
-    cfg = load('htc_revcol_h')
+    cfg = load_config('htc_revcol_h')
     assert all((head.type, head.num_shared_convs, head.num_shared_fcs, head.loss_bbox.type, head.loss_bbox.loss_weight)
                == ('ConvFCBBoxHead', 4, 1, 'GIoULoss', 10.0) for head in cfg.model.roi_head.bbox_head)
     assert cfg.model.roi_head.semantic_head.type == 'FusedSemanticHead'
@@ -215,7 +178,7 @@ def test_htc_plus_plus_has_its_parts():
 
 
 def test_dino_fine_tunes_what_objects365_pre_trained():
-    first, second = load('dino_revcol_h_o365'), load('dino_revcol_h')
+    first, second = load_config('dino_revcol_h_o365'), load_config('dino_revcol_h')
     assert first.train_dataloader.dataset.type == first.val_dataloader.dataset.type == 'Objects365V2Dataset'
     assert first.model.bbox_head.num_classes == 365 and second.model.bbox_head.num_classes == 80
     assert second.load_from == f'work_dirs/dino_revcol_h_o365/epoch_{first.train_cfg.max_epochs}.pth'
@@ -226,7 +189,7 @@ def test_the_override_to_four_scales_in_dinos_base_is_right():
     text = (CONFIGS / '_base_/dino_revcol.py').read_text()
     lines = [line.strip('# \\') for line in text.splitlines() if line.startswith('#     ')]
     words = ' '.join(lines).replace('--cfg-options ', '').replace('"', '').split()
-    cfg = load('dino_revcol_b_in22k')
+    cfg = load_config('dino_revcol_b_in22k')
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in (word.split('=') for word in words)})
     model = build(narrow(cfg))
     assert [level.shape[-1] for level in model.extract_feat(torch.zeros(1, 3, 128, 128))] == [16, 8, 4, 2]
@@ -237,7 +200,7 @@ def test_the_override_to_four_scales_in_dinos_base_is_right():
 
 @pytest.mark.parametrize('name', ['cascade_rcnn_revcol_t', 'dino_revcol_b_in22k', 'htc_revcol_h', 'mask_rcnn_revcol_t'])
 def test_detectors_take_odd_sizes_a_batch_of_one_and_images_without_objects(name):
-    cfg = narrow(load(name))
+    cfg = narrow(load_config(name))
     model = build(cfg)
     assert torch.isfinite(loss_of(model, images(cfg, [(131, 157), (150, 149)], [2, 0])))
     loss = loss_of(model, images(cfg, [(133, 151)], [0]))
@@ -250,7 +213,7 @@ def test_detectors_take_odd_sizes_a_batch_of_one_and_images_without_objects(name
                                        ('mask2former_revcol_t', 'whole')])
 def test_segmentors_predict_images_of_any_size(name, mode):
     """Smaller than the crop, odd, and larger than the crop: the map has the size of the image."""
-    cfg = narrow(load(name))
+    cfg = narrow(load_config(name))
     if cfg.model.test_cfg.mode != mode:
         cfg.model.test_cfg = dict(mode=mode)
     model = build(cfg)
@@ -261,13 +224,13 @@ def test_segmentors_predict_images_of_any_size(name, mode):
 
 def test_segmentors_pad_training_images_smaller_than_the_crop():
     for name in ('upernet_revcol_t', 'mask2former_revcol_t'):
-        cfg = narrow(load(name))
+        cfg = narrow(load_config(name))
         assert torch.isfinite(loss_of(build(cfg), images(cfg, [(40, 51), (64, 33)])))
 
 
 def test_segmentors_take_images_without_any_label():
     for name in ('upernet_revcol_t', 'mask2former_revcol_t'):
-        cfg = narrow(load(name))
+        cfg = narrow(load_config(name))
         data = images(cfg)
         for sample in data['data_samples']:
             sample.gt_sem_seg.data.fill_(255)
@@ -277,8 +240,8 @@ def test_segmentors_take_images_without_any_label():
 def test_upernet_cannot_train_on_a_batch_of_one_and_mask2former_can():
     """UPerNet pools to 1×1, and the batch norm behind it then has one value per channel. With SyncBN it is the images of all
     processes that count, so one image on each of several GPUs works."""
-    cfg = narrow(load('upernet_revcol_t'))
+    cfg = narrow(load_config('upernet_revcol_t'))
     with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
         loss_of(build(cfg), images(cfg, [(64, 64)]))
-    cfg = narrow(load('mask2former_revcol_t'))
+    cfg = narrow(load_config('mask2former_revcol_t'))
     assert torch.isfinite(loss_of(build(cfg), images(cfg, [(64, 64)])))

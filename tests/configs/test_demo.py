@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 
 from revcol_mm.datasets import make_digits
+from tests.common import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'configs' / 'demo'
 LOADERS = [f'{split}_dataloader.{option}' for split in ('train', 'val', 'test')
            for option in ('num_workers=0', 'persistent_workers=False', 'batch_size=4')]

@@ -1,7 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """model-index.yml and the model zoo name every config, with the paper's metrics and our own counts."""
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -9,8 +8,8 @@ from mmengine.config import Config
 
 from revcol_mm.utils.flops import Cost, count, default_shape
 from revcol_mm.version import installed_version
+from tests.common import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 METAFILES = [ROOT / path for path in yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']]
 MODELS = {model['Name']: model for path in METAFILES for model in yaml.safe_load(path.read_text())['Models']}

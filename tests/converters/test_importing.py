@@ -2,7 +2,6 @@
 """Files of the authors' release load strictly into today's models, and go back to the authors' names unchanged."""
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -17,20 +16,13 @@ from mmengine.runner import load_checkpoint
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, publish_checkpoint, read_checkpoint
 from revcol_mm.models import RevCol, RevColC2f, RevColViT
+from tests.common import CONFIGS, DATA, load_tool
 
-ROOT = Path(__file__).parents[1]
-SHAPES = json.loads(gzip.decompress((ROOT / 'tests' / 'data' / 'official_state_dict_shapes.json.gz').read_bytes()))
+SHAPES = json.loads(gzip.decompress((DATA / 'official_state_dict_shapes.json.gz').read_bytes()))
 DIVISORS = dict(tiny=16, small=16, base=18, large=32, xlarge=56, huge=90)  # of the widths, down to C0 = 4
 
 
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-import_main, publish_main = tool('import_checkpoint'), tool('publish_checkpoint')
+import_main, publish_main = load_tool('import_checkpoint').main, load_tool('publish_checkpoint').main
 
 
 def arch_of(size):
@@ -141,7 +133,7 @@ def whole_model(size, kernel_size, head_shapes, meta):
 def narrow(tmp_path, name, model):
     """One of our configs at reduced width: a file that inherits it."""
     path = tmp_path / f'narrow_{name}.py'
-    path.write_text(f'_base_ = {str(ROOT / "configs" / (name + ".py"))!r}\nmodel = {model}\n')
+    path.write_text(f'_base_ = {str(CONFIGS / (name + ".py"))!r}\nmodel = {model}\n')
     return str(path)
 
 

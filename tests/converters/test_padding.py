@@ -2,7 +2,6 @@
 """Kernel padding: the same network with larger kernels, in whatever kind of file it lies."""
 import copy
 import hashlib
-import importlib.util
 import json
 import os
 import resource
@@ -23,12 +22,10 @@ from torch import nn
 
 from revcol_mm.checkpoint import CheckpointError, files, load_pretrained, pad_checkpoint, read_checkpoint
 from revcol_mm.models import RevCol
+from tests.common import load_tool
 
 NANO = dict(channels=[4, 6, 8, 10], depths=[1, 1, 1, 1], num_columns=2)
-SOURCE = Path(__file__).parents[1] / 'tools' / 'pad_kernels.py'
-SPEC = importlib.util.spec_from_file_location('pad_kernels', SOURCE)
-pad_kernels = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(pad_kernels)
+pad_kernels = load_tool('pad_kernels')
 
 
 def revcol(kernel_size=3, seed=0):

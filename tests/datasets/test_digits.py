@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,8 +15,9 @@ from sklearn.datasets import load_digits
 
 from revcol_mm.datasets import digits as maker
 from revcol_mm.datasets import make_digits
+from tests.common import ROOT
 
-TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'make_digits.py'
+TOOL = ROOT / 'tools' / 'make_digits.py'
 SMALL = dict(num_train=40, num_val=20, size=96)
 
 

@@ -3,7 +3,6 @@
 import gzip
 import importlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +17,10 @@ from torch import nn
 
 import revcol_mm  # noqa: F401
 from revcol_mm.models import RevCol
+from tests.common import DATA, build_optimizer, parameter_groups, small_arch
 
-LAYER_IDS = json.loads(gzip.decompress((Path(__file__).parent / 'data' / 'official_layer_ids.json.gz').read_bytes()))
-TINY = dict(type='RevCol', arch=dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=3))
+LAYER_IDS = json.loads(gzip.decompress((DATA / 'official_layer_ids.json.gz').read_bytes()))
+TINY = dict(type='RevCol', arch=small_arch())
 NUM_LAYERS = 5 - 1 + 3 - 1 + 3  # blocks of a column, columns, and the stem, the first block and the heads
 
 
@@ -31,17 +31,6 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone = RevCol(TINY['arch'], **backbone)
         self.head = nn.Linear(32, 4)
-
-
-def build(model, optimizer=None, **paramwise):
-    optimizer = dict(dict(type='AdamW', lr=0.1, weight_decay=0.05), **(optimizer or {}))
-    return build_optim_wrapper(model, dict(
-        type='OptimWrapper', optimizer=optimizer, constructor='LayerDecayOptimWrapperConstructor', paramwise_cfg=paramwise))
-
-
-def settings(wrapper):
-    """{parameter's name: its group}."""
-    return {name: group for group in wrapper.optimizer.param_groups for name in group['param_names']}
 
 
 @pytest.mark.parametrize('size', list(LAYER_IDS))
@@ -58,7 +47,7 @@ def test_layer_ids_of_every_parameter_equal_those_of_the_authors(size):
 def test_rates_follow_the_layer_ids():
     with torch.device('meta'):
         model = nn.ModuleDict(dict(backbone=RevCol('tiny'), head=nn.Linear(2, 2)))
-    groups = settings(build(model, layer_decay_rate=0.85))
+    groups = parameter_groups(build_optimizer(model, layer_decay_rate=0.85))
     wanted = LAYER_IDS['tiny']
     for name, layer in wanted['layer_id'].items():
         if not name.startswith('subnet0.alpha'):
@@ -67,7 +56,7 @@ def test_rates_follow_the_layer_ids():
 
 
 def test_biases_norms_and_gamma_are_not_decayed():
-    groups = settings(build(Detector(), layer_decay_rate=0.9))
+    groups = parameter_groups(build_optimizer(Detector(), layer_decay_rate=0.9))
     for name, group in groups.items():
         free = name.endswith('.bias') or '.norm.' in name or name.endswith('.gamma') or '.alpha' in name or (
             name.endswith(('stem.1.weight', 'down.1.weight', 'channel_reschedule.1.weight')))
@@ -75,29 +64,29 @@ def test_biases_norms_and_gamma_are_not_decayed():
 
 
 def test_decay_gamma_decays_the_shortcuts_gamma_and_nothing_else_in_addition():
-    without, with_gamma = settings(build(Detector())), settings(build(Detector(), decay_gamma=True))
+    without, with_gamma = (parameter_groups(build_optimizer(Detector(), **options)) for options in ({}, dict(decay_gamma=True)))
     changed = {name for name in without if without[name]['weight_decay'] != with_gamma[name]['weight_decay']}
     assert changed == {f'backbone.subnet{column}.alpha{level}' for column in (1, 2) for level in range(4)}
 
 
 def test_parameters_without_gradient_are_left_out_and_all_others_are_there_once():
     model = Detector(frozen_stages=2)
-    wrapper = build(model, layer_decay_rate=0.9)
+    wrapper = build_optimizer(model, layer_decay_rate=0.9)
     names = [name for group in wrapper.optimizer.param_groups for name in group['param_names']]
     assert sorted(names) == sorted(name for name, param in model.named_parameters() if param.requires_grad)
     assert not any(name.startswith(('backbone.stem', 'backbone.subnet0', 'backbone.subnet1')) for name in names)
 
 
 def test_the_first_group_has_the_rate_that_the_config_names():
-    groups = build(Detector(), layer_decay_rate=0.5).optimizer.param_groups
+    groups = build_optimizer(Detector(), layer_decay_rate=0.5).optimizer.param_groups
     assert groups[0]['lr'] == 0.1 and groups[0]['group_name'].startswith(f'layer_{NUM_LAYERS - 1}_')
 
 
 def test_wrapped_models_get_the_same_groups():
     model = Detector()
-    plain = build(model, layer_decay_rate=0.9)
-    wrapped = build(nn.ModuleDict(dict(module=model)), layer_decay_rate=0.9)
-    assert settings(plain).keys() == settings(wrapped).keys()
+    plain = build_optimizer(model, layer_decay_rate=0.9)
+    wrapped = build_optimizer(nn.ModuleDict(dict(module=model)), layer_decay_rate=0.9)
+    assert parameter_groups(plain).keys() == parameter_groups(wrapped).keys()
     assert [group['lr'] for group in plain.optimizer.param_groups] == [group['lr'] for group in wrapped.optimizer.param_groups]
 
 
@@ -123,7 +112,7 @@ def test_models_of_all_packages(scope, base, head):
     importlib.import_module(f'{scope}.utils').register_all_modules()
     with torch.device('meta'):
         built = MODELS.build(model)
-    groups = settings(build(built, layer_decay_rate=0.5))
+    groups = parameter_groups(build_optimizer(built, layer_decay_rate=0.5))
     assert groups[head]['lr'] == 0.1
     assert groups['backbone.stem.0.weight']['lr'] == pytest.approx(0.1 * 0.5**(NUM_LAYERS - 1))
     assert sum(len(group['param_names']) for group in {id(g): g for g in groups.values()}.values()) == sum(
@@ -131,7 +120,7 @@ def test_models_of_all_packages(scope, base, head):
 
 
 def test_auto_scaled_rates_and_schedules_keep_the_ratios_between_the_layers():
-    wrapper = build(Detector(), layer_decay_rate=0.5)
+    wrapper = build_optimizer(Detector(), layer_decay_rate=0.5)
     scales = [group['lr_scale'] for group in wrapper.optimizer.param_groups]
     runner = SimpleNamespace(_train_dataloader=dict(batch_size=4), world_size=2, param_schedulers=None,
                              logger=MMLogger.get_current_instance())
@@ -148,18 +137,19 @@ def test_auto_scaled_rates_and_schedules_keep_the_ratios_between_the_layers():
 
 
 def test_custom_keys_multiply_rate_and_decay_of_the_longest_match():
-    groups = settings(build(Detector(), custom_keys=dict(backbone=dict(lr_mult=0.1), head=dict(decay_mult=2.))))
+    keys = dict(backbone=dict(lr_mult=0.1), head=dict(decay_mult=2.))
+    groups = parameter_groups(build_optimizer(Detector(), custom_keys=keys))
     assert groups['backbone.stem.0.weight']['lr'] == pytest.approx(0.01)
     assert (groups['head.weight']['lr'], groups['head.weight']['weight_decay']) == (0.1, 0.1)
 
 
 def test_bad_settings_are_refused_with_the_name_and_the_way_out():
     with pytest.raises(ValueError, match=r"\['decay_rate'\].*_delete_"):
-        build(Detector(), decay_rate=0.7)
+        build_optimizer(Detector(), decay_rate=0.7)
     with pytest.raises(ValueError, match='layer_decay_rate=1.5'):
-        build(Detector(), layer_decay_rate=1.5)
+        build_optimizer(Detector(), layer_decay_rate=1.5)
     with pytest.raises(ValueError, match='no lr'):
         build_optim_wrapper(Detector(), dict(optimizer=dict(type='AdamW'), constructor='LayerDecayOptimWrapperConstructor'))
     with pytest.raises(TypeError, match='get_layer_depth'):
-        build(nn.Linear(2, 2), layer_decay_rate=0.9)
-    assert len(build(nn.Linear(2, 2)).optimizer.param_groups) == 2  # without decaying rates any model will do
+        build_optimizer(nn.Linear(2, 2), layer_decay_rate=0.9)
+    assert len(build_optimizer(nn.Linear(2, 2)).optimizer.param_groups) == 2  # without decaying rates any model will do

@@ -1,7 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Intermediate supervision: classifiers, decoders and the compound loss, against an independent implementation."""
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +11,15 @@ from mmpretrain.registry import METRICS, MODELS
 from mmpretrain.structures import DataSample
 
 import revcol_mm.classification  # noqa: F401
-
-REFERENCE = Path(__file__).parent / 'data' / 'revcol_small_reference.pt'
+from tests.common import CHANNELS, DATA, gradients_of
 
 
 @pytest.fixture(scope='module')
 def reference():
-    return torch.load(REFERENCE, weights_only=True)
+    return torch.load(DATA / 'revcol_small_reference.pt', weights_only=True)
 
 
-def build(reversible=False, num_classes=10, num_columns=4, channels=(8, 16, 24, 32), head=None, preprocessor=None, **kwargs):
+def build(reversible=False, num_classes=10, num_columns=4, channels=CHANNELS, head=None, preprocessor=None, **kwargs):
     """A small classifier; its preprocessor's normalisation is a division by 255."""
     torch.manual_seed(0)
     return MODELS.build(dict(
@@ -98,7 +96,7 @@ def test_reversible_gradients_of_the_whole_loss_are_those_of_plain_autograd():
         model = randomize(build(reversible))
         total, _ = model.parse_losses(model.loss(images, samples_of(labels)))
         total.backward()
-        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+        gradients.append(gradients_of(model))
     plain, rebuilt = gradients
     assert plain.keys() == rebuilt.keys()
     assert all(any(name.startswith(part) for name in plain) for part in

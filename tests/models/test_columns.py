@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from revcol_mm.models.backbones.sequence import RevColTransformerEncoder, WideMe
 from revcol_mm.models.backbones.vit import CosineAttention, RevColViT, ViTBlock
 from revcol_mm.models.necks.simple_fpn import SimpleFPN
 from revcol_mm.reversible import ReversibilityError, run_reversibly
+from tests.common import CONFIGS, ROOT
 
 TINY_VIT = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=4, num_columns=4)
 TINY_C2F = dict(channels=(8, 12, 16, 20), depths=(1, 1, 2, 1), num_columns=4)
@@ -482,10 +482,6 @@ def test_builds_from_a_config_in_any_scope(name, options):
         assert type(scope.build(dict(type=name, **options))).__name__ == name
     finally:
         MODELS.children.pop('revcol_test_scope')
-
-
-ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / 'configs'
 
 
 def test_the_documentations_examples_run():

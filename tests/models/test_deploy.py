@@ -8,8 +8,9 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from revcol_mm.checkpoint import CheckpointError, load_pretrained
 from revcol_mm.models import RevCol
+from tests.common import small_arch
 
-ARCH = dict(channels=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_columns=3)
+ARCH = small_arch()
 HUGE = dict(ARCH, deep_to_shallow=True)
 
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,8 +14,7 @@ from torch import nn
 
 from revcol_mm.utils.configs import config_path
 from revcol_mm.utils.flops import build_on_meta, count, count_model
-
-ROOT = Path(__file__).parents[1]
+from tests.common import ROOT
 
 # config: parameters in M, FLOPs in G (None: not printed), tables 2 and 3 of the paper, and of the ConvNeXt paper
 CONVNEXT_T = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'

@@ -1,0 +1,93 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What the tests of several folders share: paths, a small architecture, gradients, the tools as modules, narrow models."""
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Iterable
+
+import torch
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs'
+DATA = ROOT / 'tests' / 'data'
+
+#: Widths of a network that runs in milliseconds.
+CHANNELS = (8, 16, 24, 32)
+
+#: What holds a number of channels in a model's config.
+WIDTHS = ('channels', 'in_channels', 'out_channels', 'feat_channels', 'conv_out_channels', 'fc_out_channels', 'embed_dims',
+          'feedforward_channels', 'num_feats')
+SHRINK, COLUMNS = 8, 4  # intermediate supervision wants columns in fours
+
+
+def small_arch(num_columns: int = 3, **changes) -> dict:
+    """An ``arch`` of RevCol whose level 2 has two blocks, so that a block which is not the first of its level is there too."""
+    return dict(dict(channels=CHANNELS, depths=(1, 1, 2, 1), num_columns=num_columns), **changes)
+
+
+def gradients_of(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the gradients, by the parameter's name; without those parameters that have none."""
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def worst_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest relative error in the Euclidean norm of two equally named sets of tensors."""
+    assert set(actual) == set(expected)
+    errors = [(actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30) for name in expected]
+    return torch.stack(errors).max().item()  # nan if any is, which Python's max may drop
+
+
+def load_tool(name: str) -> ModuleType:
+    """``tools/{name}.py`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_optimizer(model: nn.Module, optimizer: dict | None = None, **paramwise) -> OptimWrapper:
+    """AdamW, or what ``optimizer`` changes of it, whose parameter groups come from our constructor."""
+    optimizer = dict(dict(type='AdamW', lr=0.1, weight_decay=0.05), **(optimizer or {}))
+    return build_optim_wrapper(model, dict(
+        type='OptimWrapper', optimizer=optimizer, constructor='LayerDecayOptimWrapperConstructor', paramwise_cfg=paramwise))
+
+
+def parameter_groups(wrapper: OptimWrapper) -> dict[str, dict]:
+    """{parameter's name: its group}."""
+    return {name: group for group in wrapper.optimizer.param_groups for name in group['param_names']}
+
+
+def load_config(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def narrow(cfg: Config) -> Config:
+    """The one rule: an eighth of every width, and four columns; kernels, blocks, paths and heads as they are.
+
+    DINO's transformer keeps its width: mmdet's position encoding of the decoder is written for 256 channels.
+    """
+    model = cfg.model
+    backbone = MODELS.get(model.backbone.type)
+    if isinstance(model.backbone.arch, str):
+        name = backbone.ALIASES.get(model.backbone.arch, model.backbone.arch)
+        model.backbone.arch = {key: value for key, value in backbone.ARCHS[name].items()}
+    model.backbone.arch.num_columns = min(model.backbone.arch.num_columns, COLUMNS)
+    if model.type == 'DINO':
+        divide_widths(model.backbone)
+        model.neck.in_channels = [width // SHRINK for width in model.neck.in_channels]
+    else:
+        divide_widths(model)
+    return cfg
+
+
+def divide_widths(node: dict | Iterable) -> None:
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key in WIDTHS:
+            node[key] = [width // SHRINK for width in value] if isinstance(value, (list, tuple)) else value // SHRINK
+        divide_widths(value)
+    for item in node if isinstance(node, list) else ():
+        divide_widths(item)
