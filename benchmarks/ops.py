@@ -5,11 +5,12 @@
     python benchmarks/ops.py --shape 400 672 --batch 1    # smaller images
     python benchmarks/ops.py --only nms models            # what has these words in its name
 
-The functions of mmcv.ops are called, once on each kind of native function; the two take turns in every round, so that whatever
-else the machine does meets both, and what counts is the ratio of their median times. On the CPU mmcv has neither focal losses
-nor deformable attention; there the attention is compared with mmcv's own Python, which models run on the CPU in any case. The
-models are the demo's, with random weights, on one image of 256×256: every class of every region is above HTC's score threshold,
-so that soft-NMS gets 1000 boxes. Writes JSON.
+The functions of mmcv.ops are called, once on each kind of native function. The two take turns in every round, and what counts
+is the ratio of their median times. On the CPU these are processor times of all threads, which other programs disturb least;
+with --threads 1 they are what an idle machine needs. mmcv's CPU has neither focal losses nor deformable attention; the latter
+is compared with mmcv's own Python, which models run on the CPU in any case. The models are the demo's, with random weights, on
+one image of 256×256: nearly every class of every region passes HTC's score threshold, and soft-NMS gets about 1000 boxes.
+Writes JSON.
 """
 import argparse
 import json
@@ -178,17 +179,18 @@ def predictor(config: Path, device: str) -> Callable[[], object]:
 
 def measure(call: Callable[[], object], extensions: dict[str, ModuleType], rounds: int, device: str) -> dict[str, float]:
     """Median milliseconds on each kind of native function, which take turns."""
+    clock = time.process_time if device == 'cpu' else time.perf_counter
     seconds = {name: [] for name in extensions}
     for index in range(rounds + 1):
         for name in (list(extensions) if index % 2 else reversed(extensions)):
             torch.manual_seed(0)
             with native(extensions[name]):
-                start = time.perf_counter()
+                start = clock()
                 call()
                 if device != 'cpu':
                     torch.cuda.synchronize()
             if index:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: round(1e3 * statistics.median(times), 2) for name, times in seconds.items()}
 
 

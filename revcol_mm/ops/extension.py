@@ -59,23 +59,23 @@ def install() -> None:
     Calling it again changes nothing.
 
     Warns:
-        UserWarning: If several distributions own the folder mmcv/, or if mmcv's compiled operators do not load, in which case
+        UserWarning: If several distributions own the folder mmcv/, or if mmcv's compiled operators do not work, in which case
             those of this package are used.
     """
-    if EXTENSION in sys.modules:
+    if backend() == 'torchvision':
         return
     _check_owners()
-    if _compiled_is_there():
-        try:
-            importlib.import_module(EXTENSION)
+    if EXTENSION in sys.modules or _compiled_is_there():
+        reason = _why_compiled_fails()
+        if reason is None:
             return
-        except (ImportError, OSError) as error:
-            warnings.warn(_how_to_repair(error), stacklevel=2)
+        warnings.warn(
+            f"mmcv's compiled operators do not work beside torch {torch.__version__} ({reason}); probably they were built for "
+            "another torch. revcol_mm's operators, on torchvision, are used instead. To keep these and lose the warning: "
+            'pip uninstall -y mmcv && pip install mmcv-lite. To have compiled ones, build mmcv again beside this torch: '
+            'pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv', stacklevel=2)
     sys.modules[EXTENSION] = stand_in()
-    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
-    if transformer is not None and not hasattr(transformer, 'MultiScaleDeformableAttention'):
-        # mmcv.cnn was imported before and went on without this class of mmcv.ops, which mmdet and mmseg look for there.
-        transformer.MultiScaleDeformableAttention = importlib.import_module('mmcv.ops').MultiScaleDeformableAttention
+    _mend_what_was_imported_before()
 
 
 def backend() -> str:
@@ -147,9 +147,21 @@ def _check_owners() -> None:
                       'you want', stacklevel=3)
 
 
-def _how_to_repair(error: Exception) -> str:
-    reason = str(error).strip().partition('\n')[0]
-    return (f"mmcv's compiled operators do not load beside torch {torch.__version__} ({reason}); probably they were built for "
-            "another torch. revcol_mm's operators, on torchvision, are used instead. To keep these and lose the warning: "
-            'pip uninstall -y mmcv && pip install mmcv-lite. To have compiled ones, build mmcv again beside this torch: '
-            'pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation mmcv')
+def _why_compiled_fails() -> str | None:
+    """Loads mmcv's compiled operators and calls one; a library built for another torch may load and misread every tensor."""
+    try:
+        extension = importlib.import_module(EXTENSION)
+        kept = extension.nms(torch.tensor([[0., 0, 1, 1]]), torch.ones(1), iou_threshold=0.5, offset=0).tolist()
+        return None if kept == [0] else f'nms of one box keeps {kept}'
+    except Exception as error:  # whatever a library of another torch may raise
+        return str(error).strip().partition('\n')[0]
+
+
+def _mend_what_was_imported_before() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith('mmcv.ops.') and hasattr(module, 'ext_module'):
+            module.ext_module = stand_in()
+    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
+    if transformer is not None and not hasattr(transformer, 'MultiScaleDeformableAttention'):
+        # mmcv.cnn went on without this class of mmcv.ops; mmdet and mmseg look for it there.
+        transformer.MultiScaleDeformableAttention = importlib.import_module('mmcv.ops').MultiScaleDeformableAttention

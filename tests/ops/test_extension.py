@@ -131,7 +131,7 @@ def run_with(tmp_path):
 
     def run(code, **files):
         for name, text in files.items():
-            (folder / f'_ext.{name}').write_text(text)
+            (folder / f'_ext.{name}').write_text(textwrap.dedent(text))
         before = sorted(path.name for path in folder.iterdir())
         env = dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', OMP_NUM_THREADS='1',
                    PYTHONDONTWRITEBYTECODE='1')
@@ -198,8 +198,27 @@ def test_a_compiled_extension_that_does_not_load_is_named_with_both_ways_out(run
         import revcol_mm, mmcv.ops
         assert revcol_mm.ops.backend() == 'torchvision'
     """, **{suffix.removeprefix('.'): 'not a library'})
-    warning = next(line for line in done.stderr.splitlines() if "mmcv's compiled operators do not load" in line)
+    warning = next(line for line in done.stderr.splitlines() if "mmcv's compiled operators do not work" in line)
     assert 'pip install mmcv-lite' in warning and '--no-build-isolation mmcv' in warning
+
+
+def test_a_compiled_extension_that_loads_but_misreads_tensors_is_replaced_though_mmcv_ops_was_imported_before(run_with):
+    """mmcv built for torch 2.12 loads beside torch 2.14, and takes tensors on the CPU for tensors on a GPU."""
+    done = run_with("""
+        import mmcv.ops
+        import revcol_mm, torch
+        assert revcol_mm.ops.backend() == 'torchvision'
+        assert mmcv.ops.nms(torch.tensor([[0., 0, 2, 2]] * 2), torch.ones(2), 0.5)[1].tolist() == [0]
+    """, py="""
+        def nms(*args, **kwargs):
+            raise RuntimeError('nms_impl: implementation for device cuda:0 not found.')
+
+        def __getattr__(name):
+            if name.startswith('_'):
+                raise AttributeError(name)
+            return nms
+    """)
+    assert 'do not work beside torch' in done.stderr and 'device cuda:0 not found' in done.stderr
 
 
 def test_a_compiled_extension_that_loads_is_used(run_with):
@@ -208,4 +227,16 @@ def test_a_compiled_extension_that_loads_is_used(run_with):
         import revcol_mm
         assert revcol_mm.ops.backend() == 'mmcv'
         assert sys.modules['mmcv._ext'].mine
-    """, py='mine = True\ndef __getattr__(name):\n    return print if name[0] != "_" else getattr(print, name)\n')
+    """, py="""
+        import torch
+
+        mine = True
+
+        def nms(boxes, scores, iou_threshold, offset):
+            return torch.zeros(1, dtype=torch.long)
+
+        def __getattr__(name):
+            if name.startswith('_'):
+                raise AttributeError(name)
+            return nms
+    """)
