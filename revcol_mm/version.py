@@ -6,15 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 __version__ = '0.1.0'
 
-# Import package -> the distributions that provide it -> versions known to work; docs/installation.md says how far the tests
-# were run with each. One without versions is listed so that it is recognised as too old.
-KNOWN_VERSIONS = {
-    'torch': {'torch': ('2.12.1', )},
-    'mmengine': {'mmengine': ('0.10.7', ), 'onedl-mmengine': ('0.10.12', ), 'mmengine-lite': ('0.10.7', )},
-    'mmcv': {'mmcv': ('2.1.0', ), 'onedl-mmcv': ('2.3.6', ), 'mmcv-lite': ('2.1.0', ), 'mmcv-full': ()},
-    'mmdet': {'mmdet': ('3.3.0', ), 'onedl-mmdetection': ('3.5.1', )},
-    'mmseg': {'mmsegmentation': ('1.2.2', ), 'onedl-mmsegmentation': ('1.4.2', )},
-    'mmpretrain': {'mmpretrain': ('1.2.0', ), 'onedl-mmpretrain': ('1.3.6', )},
+# Import package -> the distributions that provide it -> the oldest and the newest release series (major, minor) that the tests
+# were run with; docs/installation.md says how. One without is listed so that it is recognised as too old.
+TESTED_VERSIONS = {
+    'torch': {'torch': ((2, 12), (2, 14))},
+    'mmengine': {'mmengine': ((0, 10), (0, 10)), 'onedl-mmengine': ((0, 10), (0, 10)), 'mmengine-lite': ((0, 10), (0, 10))},
+    'mmcv': {'mmcv': ((2, 1), (2, 1)), 'mmcv-lite': ((2, 1), (2, 1)), 'onedl-mmcv': ((2, 3), (2, 3)), 'mmcv-full': None},
+    'mmdet': {'mmdet': ((3, 3), (3, 3)), 'onedl-mmdetection': ((3, 5), (3, 5))},
+    'mmseg': {'mmsegmentation': ((1, 2), (1, 2)), 'onedl-mmsegmentation': ((1, 4), (1, 4))},
+    'mmpretrain': {'mmpretrain': ((1, 2), (1, 2)), 'onedl-mmpretrain': ((1, 3), (1, 3))},
 }
 REQUIRED = ('torch', 'mmengine', 'mmcv')
 # torch 2.6 is the first whose safe loading takes stand-ins by name, which mmengine's checkpoints need.
@@ -32,13 +32,13 @@ def installed_version(package: str) -> tuple[str, str] | None:
     """Looks up what provides an import package, without importing it.
 
     Args:
-        package (str): One of the keys of ``KNOWN_VERSIONS``.
+        package (str): One of the keys of ``TESTED_VERSIONS``.
 
     Returns:
         tuple[str, str] or None: Name and version of the distribution, the version without a local part such as ``+cu130``;
         None if there is none.
     """
-    for distribution in KNOWN_VERSIONS[package]:
+    for distribution in TESTED_VERSIONS[package]:
         try:
             return distribution, version(distribution).partition('+')[0]
         except PackageNotFoundError:
@@ -47,31 +47,38 @@ def installed_version(package: str) -> tuple[str, str] | None:
 
 
 def check_versions() -> None:
-    """Compares the installed versions with the needed and with the known ones.
+    """Compares the installed versions with the needed and with the tested ones.
 
     Raises:
         ImportError: If torch, mmengine or mmcv is missing, or if one of the packages is too old to work.
 
     Warns:
-        UserWarning: Once, if versions are installed which the test suite has not been run with.
+        UserWarning: Once, if versions are installed that lie outside the range which the test suite has been run with.
     """
     untested = []
-    for package, known in KNOWN_VERSIONS.items():
+    for package, tested in TESTED_VERSIONS.items():
         found = installed_version(package)
         if found is None:
             if package in REQUIRED:
-                raise ImportError(f'revcol_mm needs {package}, which is not installed; known to work: {_describe(known)}')
+                raise ImportError(f'revcol_mm needs {package}, which is not installed; tested with: {_describe(tested)}')
             continue
         distribution, number = found
+        series = tuple(int(part) for part in re.findall(r'\d+', number)[:2])
         minimum = MINIMUM_VERSIONS[package]
-        if tuple(int(part) for part in re.findall(r'\d+', number)[:len(minimum)]) < minimum:
-            raise ImportError(f'revcol_mm needs {package} {".".join(map(str, minimum))} or newer, but {distribution} {number} '
-                              f'is installed; known to work: {_describe(known)}')
-        if number not in known[distribution]:
-            untested.append(f'{distribution} {number} (known: {_describe(known)})')
+        if series < minimum:
+            raise ImportError(f'revcol_mm needs {package} {_join(minimum)} or newer, but {distribution} {number} '
+                              f'is installed; tested with: {_describe(tested)}')
+        oldest, newest = tested[distribution]
+        if not oldest <= series <= newest:
+            untested.append(f'{distribution} {number} (tested: {_describe({distribution: (oldest, newest)})})')
     if untested:
         warnings.warn(f'revcol_mm has not been tested with {", ".join(untested)}', stacklevel=2)
 
 
-def _describe(known: dict[str, tuple[str, ...]]) -> str:
-    return ', '.join(f'{distribution} {number}' for distribution, numbers in known.items() for number in numbers)
+def _join(series: tuple[int, int]) -> str:
+    return '.'.join(map(str, series))
+
+
+def _describe(tested: dict[str, tuple[tuple[int, int], tuple[int, int]] | None]) -> str:
+    """'torch 2.12 to 2.14', 'mmcv 2.1, mmcv-lite 2.1'."""
+    return ', '.join(f'{name} {" to ".join(dict.fromkeys(map(_join, series)))}' for name, series in tested.items() if series)

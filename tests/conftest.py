@@ -1,6 +1,10 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 import gzip
 import json
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Iterator
 
 import pytest
@@ -10,6 +14,34 @@ from mmengine.registry import DefaultScope
 import revcol_mm  # noqa: F401 - mmengine's checkpoints load, whichever test runs alone
 
 from .common import DATA
+
+LEFT_OUT = 'left out for want of a compiler'
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what torch.compile translates to C++, where it cannot be compiled."""
+    header = Path(sysconfig.get_path('include'), 'Python.h')
+    if shutil.which(os.environ.get('CXX') or 'g++') and header.is_file():  # as torch looks for it
+        return
+    left_out = [item for item in items if item.get_closest_marker('compiler')]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+    if hasattr(config, 'workeroutput'):
+        config.workeroutput[LEFT_OUT] = len(left_out)
+    else:
+        config.stash[LEFT_OUT] = len(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """pytest-xdist: what its workers have left out, all of them the same, is not in its summary by itself."""
+    node.config.stash[LEFT_OUT] = getattr(node, 'workeroutput', {}).get(LEFT_OUT, 0)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    number = config.stash.get(LEFT_OUT, 0)
+    if number:
+        terminalreporter.write_line(f'{number} tests deselected: they need a C++ compiler and the headers of Python')
 
 
 @pytest.fixture(autouse=True)

@@ -256,8 +256,8 @@ def compiled_backbone(detector):
     return torch.compile(detector.backbone, fullgraph=True)
 
 
-@pytest.mark.parametrize('mode', ['eager', 'compiled', 'autocast'])
-def test_roi_align_and_detector_read_the_outputs_right(detector, compiled_backbone, mode):
+@pytest.mark.parametrize('mode', ['eager', pytest.param('compiled', marks=pytest.mark.compiler), 'autocast'])
+def test_roi_align_and_detector_read_the_outputs_right(detector, mode, request):
     from mmcv.ops import roi_align
     from mmdet.structures import DetDataSample
     backbone = detector.backbone
@@ -267,7 +267,8 @@ def test_roi_align_and_detector_read_the_outputs_right(detector, compiled_backbo
     rois = torch.tensor([[0., 4., 4., 60., 90.], [0., 20., 30., 120., 70.]])
 
     def run(copied):
-        module = _Wrapped(compiled_backbone if mode == 'compiled' else backbone, mode == 'autocast', copied)
+        net = request.getfixturevalue('compiled_backbone') if mode == 'compiled' else backbone
+        module = _Wrapped(net, mode == 'autocast', copied)
         with torch.no_grad():
             aligned = [roi_align(feature, rois, (7, 7), 1 / stride) for feature, stride in zip(module(image), (4, 8, 16, 32))]
             detector.backbone = module
@@ -283,6 +284,7 @@ def test_roi_align_and_detector_read_the_outputs_right(detector, compiled_backbo
         assert torch.equal(predictions[key], copies_predictions[key]), key
 
 
+@pytest.mark.compiler
 def test_compiled_evaluation_gives_the_eager_features(detector, compiled_backbone):
     image = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
