@@ -3,6 +3,14 @@
 
 Nothing else in the process changes: no environment variable is set, and :func:`torch.load` works as before.
 """
+import importlib.metadata
+import importlib.util
+import pkgutil
+from importlib.abc import Loader
+from pathlib import Path
+
+import mmengine.config.config
+import mmengine.utils.package_utils
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import CheckpointLoader
@@ -18,6 +26,7 @@ def apply_patches() -> None:
     ops.install()  # its docstring tells what it changes, and when
     enable_safe_loading()
     find_configs_of_forks()
+    support_newer_versions()
 
 
 def enable_safe_loading() -> None:
@@ -53,3 +62,76 @@ def find_configs_of_forks() -> None:
     found = installed_version('mmseg')
     if found is not None and found[0] != MODULE2PACKAGE['mmseg']:
         MODULE2PACKAGE['mmseg'] = 'mmseg'  # mmengine falls back to the import package of this name
+
+
+def support_newer_versions() -> None:
+    """Mends what breaks with a newer Python or setuptools. Remove each line when mmengine and mmcv no longer need it.
+
+    ================  ======================  ==================================================================================
+    package           breaks with             symptom and mend
+    ================  ======================  ==================================================================================
+    mmengine 0.10.7   setuptools 82 or none   "No module named 'pkg_resources'" wherever a config inherits ``mmdet::…``: its
+                                              :func:`is_installed` and :func:`get_installed_path` ask importlib.metadata instead
+    mmengine 0.10.7,  Python 3.14             "module 'pkgutil' has no attribute 'find_loader'" when an optimizer or SyncBN is
+    mmcv 2.1.0                                built: :func:`find_loader`, as pkgutil had it
+    ================  ======================  ==================================================================================
+    """
+    if 'pkg_resources' in mmengine.utils.package_utils.is_installed.__code__.co_names:
+        for module in (mmengine.utils.package_utils, mmengine.utils, mmengine.config.config):
+            module.is_installed = is_installed
+            module.get_installed_path = get_installed_path
+    if not hasattr(pkgutil, 'find_loader'):
+        pkgutil.find_loader = find_loader
+
+
+def is_installed(package: str) -> bool:
+    """Says whether a distribution or an import package of this name is installed.
+
+    Args:
+        package (str): Such as 'mmsegmentation' or 'mmseg'.
+
+    Returns:
+        bool: Whether it is.
+    """
+    return _find(package) is not None
+
+
+def get_installed_path(package: str) -> str:
+    """Finds the folder of an import package.
+
+    Args:
+        package (str): Name of the distribution or of the import package, such as 'mmsegmentation' or 'mmseg'.
+
+    Returns:
+        str: Such as '…/site-packages/mmseg'.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: If neither is installed.
+    """
+    folder = _find(package)
+    if folder is None:
+        raise importlib.metadata.PackageNotFoundError(package)
+    return folder
+
+
+def find_loader(name: str) -> Loader | None:
+    """Returns the loader of a module, or None if there is no such module; as pkgutil.find_loader did until Python 3.13.
+
+    Args:
+        name (str): Full name, such as 'mmcv._ext'.
+    """
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.loader
+
+
+def _find(package: str) -> str | None:
+    names = [package]
+    try:
+        names += (importlib.metadata.distribution(package).read_text('top_level.txt') or '').split()
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            return str(Path(spec.origin).parent)
+    return None
