@@ -3,10 +3,12 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -134,6 +136,44 @@ def test_unknown_config_is_refused_with_those_there_are():
         config_path('cascade_rcnn_revcol_z')
 
 
+# The extras and the requirements
+
+
+def names(requirements):
+    return {re.match(r'[\w-]+', requirement).group() for requirement in requirements}
+
+
+def test_each_extra_names_one_mmcv_and_beside_it_the_same_packages():
+    extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+    assert names(extras['openmmlab']) - names(extras['mmcv']) == {'mmcv-lite'}
+    assert names(extras['mmcv']) - names(extras['openmmlab']) == {'mmcv'}
+
+
+def pins(name):
+    """Versions by name in a file of requirements and in those that it includes."""
+    found = {}
+    for line in (ROOT / 'requirements' / name).read_text().splitlines():
+        if line.startswith('-r '):
+            found.update(pins(line.removeprefix('-r ')))
+        elif '==' in line:
+            found.update([line.split('==')])
+    return found
+
+
+def test_nothing_but_the_forks_is_built():
+    """pip builds what --no-binary names, and nothing else."""
+    built = {path.name: re.findall(r'^--no-binary (\S+)$', path.read_text(), re.MULTILINE)
+             for path in (ROOT / 'requirements').glob('*.txt')}
+    assert '--only-binary :all:' in (ROOT / 'requirements' / 'base.txt').read_text().splitlines()
+    assert built.pop('onedl.txt') == ['onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain']
+    assert not any(built.values())
+
+
+@pytest.mark.parametrize('name, mmcv', [('pinned.txt', {'mmcv-lite'}), ('mmcv.txt', set()), ('onedl.txt', {'onedl-mmcv'})])
+def test_each_environment_has_one_mmcv(name, mmcv):
+    assert names(pins(name)) & {'mmcv', 'mmcv-lite', 'onedl-mmcv'} == mmcv
+
+
 # The set-up script
 
 
@@ -145,7 +185,16 @@ def setup_env(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, 'LOG', tmp_path / 'setup_env.log')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.delenv('FORCE_CUDA', raising=False)
     return module
+
+
+@pytest.fixture
+def commands(setup_env, monkeypatch):
+    """The set-up's commands, as (what, command, changes of the environment), which are noted and not run."""
+    noted = []
+    monkeypatch.setattr(setup_env, 'run', lambda what, command, **changes: noted.append((what, command, changes)))
+    return noted
 
 
 def script(folder, name, body):
@@ -164,10 +213,10 @@ def refusal(*command, **env):
     return result.stderr
 
 
-@pytest.mark.parametrize('version', [(3, 10), (3, 13), (3, 8)])
+@pytest.mark.parametrize('version', [(3, 10), (3, 14), (3, 8)])
 def test_python_of_another_version_is_refused(setup_env, monkeypatch, version):
     monkeypatch.setattr(sys, 'version_info', (*version, 1))
-    with pytest.raises(setup_env.SetupError, match=r'{}\.{}, but CPython 3\.11 or 3\.12 is needed'.format(*version)):
+    with pytest.raises(setup_env.SetupError, match=r'{}\.{}, but CPython 3\.11, 3\.12 or 3\.13 is needed'.format(*version)):
         setup_env.check_interpreter()
 
 
@@ -183,7 +232,8 @@ def test_shim_that_runs_nothing_is_refused(tmp_path):
 
 
 def test_make_passes_over_shims_that_run_nothing(tmp_path):
-    script(tmp_path, 'python3.12', 'exit 127')
+    for name in ('python3.12', 'python3.13'):
+        script(tmp_path, name, 'exit 127')
     script(tmp_path, 'python3.11', f'exec "{sys.executable}" "$@"')
     env = dict(os.environ, PATH=f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
     for name in ('PYTHON', 'MAKEFLAGS', 'MAKEOVERRIDES', 'MFLAGS'):  # of a `make test PYTHON=…`
@@ -191,94 +241,102 @@ def test_make_passes_over_shims_that_run_nothing(tmp_path):
     assert 'python3.11 -c' in run('make', '-n', 'python', cwd=ROOT, env=env)
 
 
-@pytest.mark.parametrize('compiler', ['/bin/false', '/nowhere/c++'])
-def test_missing_compiler_is_refused_before_anything_is_installed(tmp_path, compiler):
-    venv = tmp_path / 'venv'
-    message = refusal(sys.executable, SETUP, '--venv', venv, CXX=compiler, XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
-    assert message.startswith('error: mmcv has to be built') and compiler in message and 'g++' in message
-    assert not venv.exists()
+def test_environment_is_made_once_and_again_when_the_requirements_change(setup_env, commands, tmp_path):
+    venv, requirements = tmp_path / 'venv', tmp_path / 'pinned.txt'
+    venv.mkdir()
+
+    def steps():
+        commands.clear()
+        setup_env.set_up(venv, requirements, None)
+        return [what for what, _, _ in commands]
+
+    requirements.write_text('numpy==1')
+    assert steps() == ['making the virtual environment', 'installing uv', 'installing packages', 'installing revcol_mm',
+                       'importing the installed packages']
+    assert steps() == []
+    requirements.write_text('numpy==2')
+    assert steps()[0] == 'making the virtual environment'
 
 
-def test_missing_headers_are_refused(setup_env, monkeypatch, tmp_path):
-    script(tmp_path, 'c++', 'cat >/dev/null')
-    monkeypatch.setenv('CXX', str(tmp_path / 'c++'))
-    monkeypatch.setattr(sysconfig, 'get_path', lambda name: str(tmp_path))
-    with pytest.raises(setup_env.SetupError, match=r'no headers \(.*Python\.h is missing\).*-dev'):
-        setup_env.check_compiler()
+@pytest.mark.parametrize('step', ['making the virtual environment', 'installing packages', 'importing the installed packages'])
+def test_failed_set_up_never_looks_complete(setup_env, monkeypatch, tmp_path, step):
+    venv, done = tmp_path / 'venv', []
+    venv.mkdir()
+
+    def fail(what, command, **changes):
+        done.append(what)
+        if what == step:
+            raise setup_env.SetupError('No space left on device')
+
+    monkeypatch.setattr(setup_env, 'run', fail)
+    for _ in range(2):  # the second run starts at the beginning again
+        with pytest.raises(setup_env.SetupError, match='No space left on device'):
+            setup_env.set_up(venv, ROOT / 'requirements' / 'pinned.txt', None)
+    assert done.count('making the virtual environment') == 2
 
 
-def test_kept_wheel_needs_no_compiler(setup_env, monkeypatch, tmp_path):
-    monkeypatch.setattr(setup_env, 'find_cuda', lambda: ([], None, None))
-    monkeypatch.setenv('CXX', '/bin/false')
-    pins = setup_env.read_requirements('openmmlab')
-    setup_env.wheel_folder(f'mmcv=={pins["mmcv"]}', pins['torch'], 'cpu').mkdir(parents=True)
+@pytest.mark.parametrize('broken', ['installing uv', 'installing packages'])
+def test_pip_installs_what_uv_cannot(setup_env, monkeypatch, broken, capsys):
+    installers = []
 
-    class Reached(Exception):
-        pass
+    def run(what, command, **changes):
+        if what == broken and (what == 'installing uv' or 'uv' in command):
+            raise setup_env.SetupError('invalid peer certificate')
+        if what == 'installing packages':
+            installers.append(command[2])
 
-    def reached(what, command, **changes):
-        raise Reached(what)
-
-    monkeypatch.setattr(setup_env, 'run', reached)
-    with pytest.raises(Reached, match='making the virtual environment'):
-        setup_env.set_up(tmp_path / 'venv', 'openmmlab')
+    monkeypatch.setattr(setup_env, 'run', run)
+    setup_env.install_packages('python', 'pinned.txt')
+    assert installers == ['pip']
+    assert 'pip' in capsys.readouterr().out
 
 
-def test_wheel_is_kept_under_everything_it_depends_on(setup_env, tmp_path):
-    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1', 'cpu')
+def test_failed_step_names_the_log_and_shows_its_end(setup_env):
+    with pytest.raises(setup_env.SetupError) as error:
+        setup_env.run('the third step', [sys.executable, '-c', 'print("deep trouble"); raise SystemExit(3)'])
+    message = str(error.value)
+    assert message.startswith('the third step failed (exit status 3)')
+    assert str(setup_env.LOG) in message and message.endswith('deep trouble')
+
+
+# The compiled mmcv of `make test-mmcv`
+
+
+def test_missing_compiler_is_refused_before_anything_is_built(setup_env, commands, monkeypatch):
+    monkeypatch.setenv('CXX', '/nowhere/c++ -v')
+    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1')
+    with pytest.raises(setup_env.SetupError, match='mmcv==2.1.0 has to be built, .*/nowhere/c.. -v.*apt install g'):
+        setup_env.build('python', 'mmcv==2.1.0', folder)
+    assert not commands and not folder.exists()
+
+
+def test_wheel_is_kept_under_everything_it_depends_on(setup_env, monkeypatch, tmp_path):
+    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1')
     assert folder.parent == tmp_path / 'cache' / 'revcol_mm' / 'wheels'
     assert folder.name == f'mmcv-2.1.0_torch-2.12.1_cp{sys.version_info[0]}{sys.version_info[1]}_cpu_{platform.machine()}'
-    others = [setup_env.wheel_folder(*key) for key in [('onedl-mmcv==2.3.6', '2.12.1', 'cpu'), ('mmcv==2.1.0', '2.13.0', 'cpu'),
-                                                       ('mmcv==2.1.0', '2.12.1', 'cu130-sm90')]]
+    others = [setup_env.wheel_folder('mmcv==2.2.0', '2.12.1'), setup_env.wheel_folder('mmcv==2.1.0', '2.13.0')]
+    monkeypatch.setenv('FORCE_CUDA', '1')
+    others.append(setup_env.wheel_folder('mmcv==2.1.0', '2.12.1'))
     assert len({folder, *others}) == 4
 
 
-@pytest.mark.parametrize('torch_cuda, capabilities, nvcc, device, reason', [
-    ('13.0', ['9.0'], '13.2', 'cu130-sm90', 'for CUDA 13.0 and GPUs of capability 9.0'),
-    ('13.0', ['8.0', '9.0'], '13.0', 'cu130-sm80-sm90', '8.0, 9.0'),
-    ('13.0', [], '13.0', 'cpu', 'no GPU was found'),
-    ('13.0', ['9.0'], None, 'cpu', 'no nvcc'),
-    ('13.0', ['9.0'], '12.8', 'cpu', 'nvcc is of CUDA 12.8, torch of 13.0'),
-    (None, ['9.0'], '13.0', 'cpu', 'torch has no CUDA'),
-])
-def test_mmcv_is_built_for_cuda_only_with_a_gpu_and_a_matching_nvcc(setup_env, torch_cuda, capabilities, nvcc, device, reason):
-    chosen, sentence = setup_env.choose_device(torch_cuda, capabilities, nvcc)
-    assert chosen == device
-    assert reason in sentence
-
-
-def test_gpu_and_nvcc_are_found(setup_env, monkeypatch, tmp_path):
-    script(tmp_path / 'smi', 'nvidia-smi', 'printf "9.0\\n8.0\\n9.0\\n"')
-    nvcc = script(tmp_path / 'bin', 'nvcc', 'echo "Cuda compilation tools, release 13.0, V13.0.88"')
-    monkeypatch.setenv('PATH', f'{tmp_path / "smi"}{os.pathsep}{os.environ["PATH"]}')
-    monkeypatch.setenv('CUDA_HOME', str(tmp_path))
-    assert setup_env.find_cuda() == (['8.0', '9.0'], str(nvcc), '13.0')
-
-
-def test_driver_without_gpu_counts_as_none(setup_env, monkeypatch, tmp_path):
-    script(tmp_path, 'nvidia-smi', 'echo "No devices were found"; exit 6')
-    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    assert setup_env.find_cuda()[0] == []
-
-
-@pytest.mark.parametrize('cuda', [None, (['9.0'], '/opt/cuda/bin/nvcc')], ids=['cpu', 'cuda'])
-def test_build_sees_the_gpu_only_if_it_is_for_it(setup_env, monkeypatch, cuda):
-    commands = []
+@pytest.mark.parametrize('cuda', [False, True])
+def test_mmcv_is_built_for_cuda_only_when_that_is_asked_for(setup_env, monkeypatch, cuda):
+    changed = []
 
     def fake(what, command, **changes):
-        commands.append(changes)
+        changed.append(changes)
         if 'wheel' in command:
             (command[command.index('-w') + 1] / 'mmcv-2.1.0-any.whl').write_bytes(b'')
 
     monkeypatch.setattr(setup_env, 'run', fake)
-    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1', 'any')
-    setup_env.build_mmcv('python', 'mmcv==2.1.0', folder, cuda)
-    settings = commands[0]
-    assert settings['MMCV_WITH_OPS'] == '1'
+    monkeypatch.setenv('CXX', sys.executable)  # something that is there
     if cuda:
-        assert (settings['FORCE_CUDA'], settings['CUDA_HOME'], settings['TORCH_CUDA_ARCH_LIST']) == ('1', '/opt/cuda', '9.0')
-    else:
-        assert (settings['FORCE_CUDA'], settings['CUDA_HOME'], settings['CUDA_VISIBLE_DEVICES']) == ('0', None, '')
+        monkeypatch.setenv('FORCE_CUDA', '1')
+    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1')
+    setup_env.build('python', 'mmcv==2.1.0', folder)
+    assert changed[0]['MMCV_WITH_OPS'] == '1'
+    assert (changed[0].get('FORCE_CUDA'), changed[0].get('CUDA_VISIBLE_DEVICES')) == ((None, None) if cuda else ('0', ''))
     assert [path.name for path in folder.parent.rglob('*.whl')] == ['mmcv-2.1.0-any.whl']
 
 
@@ -291,21 +349,8 @@ def test_failed_build_keeps_nothing(setup_env, monkeypatch, step):
             raise setup_env.SetupError('undefined symbol')
 
     monkeypatch.setattr(setup_env, 'run', fake)
-    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1', 'cpu')
+    monkeypatch.setenv('CXX', sys.executable)
+    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1')
     with pytest.raises(setup_env.SetupError, match='undefined symbol'):
-        setup_env.build_mmcv('python', 'mmcv==2.1.0', folder, None)
+        setup_env.build('python', 'mmcv==2.1.0', folder)
     assert list(folder.parent.iterdir()) == []
-
-
-def test_failed_step_names_the_log_and_shows_its_end(setup_env):
-    with pytest.raises(setup_env.SetupError) as error:
-        setup_env.run('the third step', [sys.executable, '-c', 'print("deep trouble"); raise SystemExit(3)'])
-    message = str(error.value)
-    assert message.startswith('the third step failed (exit status 3)')
-    assert str(setup_env.LOG) in message and message.endswith('deep trouble')
-
-
-def test_forks_replace_the_packages_of_openmmlab(setup_env):
-    plain, forks = setup_env.read_requirements('openmmlab'), setup_env.read_requirements('onedl')
-    assert set(plain) - set(forks) == {'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain'}
-    assert all(name.startswith('onedl-') for name in set(forks) - set(plain))

@@ -104,8 +104,8 @@ def install_packages(python, requirements):
     try:
         run('installing uv', [python, '-m', 'pip', 'install', '--only-binary', ':all:', UV])
         run('installing packages', [python, '-m', 'uv', 'pip', 'install', '--python', python, '-r', requirements])
-    except SetupError as error:
-        say(f'uv does not get on ({LOG} says why: {str(error).splitlines()[-1].strip()}); pip does it, in some minutes more.')
+    except SetupError:
+        say(f'uv cannot do it, as {LOG} says; pip does, which takes some minutes longer.')
         run('installing packages', [python, '-m', 'pip', 'install', '-r', requirements])
 
 
@@ -178,7 +178,7 @@ def set_up(venv, requirements, source):
         source (str or None): Requirement that is built and installed on top, such as 'mmcv==2.1.0'.
     """
     # pyproject.toml and setup.py decide what the editable install does; its entry points to this folder.
-    files = [*sorted(ROOT.glob('requirements/*.txt')), Path(__file__), ROOT / 'pyproject.toml', ROOT / 'setup.py']
+    files = [requirements, ROOT / 'requirements' / 'base.txt', Path(__file__), ROOT / 'pyproject.toml', ROOT / 'setup.py']
     state = [str(requirements), str(source), sys.version, sys.base_prefix, str(ROOT), os.environ.get('FORCE_CUDA', ''),
              *(file.read_text(encoding='utf-8') for file in files)]
     stamp, digest = venv / 'revcol_mm_setup', hashlib.sha256('\0'.join(state).encode()).hexdigest()
