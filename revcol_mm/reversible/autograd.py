@@ -321,13 +321,14 @@ class _ColumnBackward:
         if self.ctx.index == 0:  # p came from outside of this pass, where there is no stream
             totals = map(_add, self.grad_shortcut, grad_p)
             grad_p = [total if total is None else total.to(dtype) for total, dtype in zip(totals, self.ctx.p_dtypes)]
-        if self.ctx.is_last:
-            call.backward_state = None
-            if state.deviations:
-                call.monitor.judge(state.deviations, state.y[0].dtype)
-        else:
+        grads = (self.grad_x, *grad_p, *self.grad_gamma, *(grad for level in self.grad_parameters for grad in level))
+        if not self.ctx.is_last:
             call.backward_state = BackwardState(state.x, self.p_stream, self.p, self.grad_shortcut, state.deviations)
-        return (self.grad_x, *grad_p, *self.grad_gamma, *(grad for level in self.grad_parameters for grad in level))
+        else:
+            call.backward_state = None
+            if not call.monitor.judge(state.deviations, state.y[0].dtype):  # a loss scaler must skip this step
+                return tuple(None if grad is None else torch.full_like(grad, math.nan) for grad in grads)
+        return grads
 
 
 class _End(torch.autograd.Function):
@@ -346,7 +347,9 @@ class _End(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         x, *stream = ctx.saved_tensors
         features = [level.to(dtype) for level, dtype in zip(stream, ctx.dtypes)]
-        ctx.call.backward_state = BackwardState(x, stream, features, [None] * len(stream), [])
+        # Compared with itself, a feature that is not finite is found: what overflows in any column reaches the last one.
+        deviations = [deviation(feature, feature) for feature in features]
+        ctx.call.backward_state = BackwardState(x, stream, features, [None] * len(stream), deviations)
         return (None, None, *grads)
 
 

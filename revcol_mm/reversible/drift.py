@@ -30,6 +30,7 @@ class DriftMonitor:
     Attributes:
         drift (float): largest relative drift of the last backward pass; nan before the first one, and where the features were
             not finite.
+        measured (bool): whether a backward pass has been judged.
 
     Raises:
         ValueError: for another action, or a threshold that is not a positive number.
@@ -43,31 +44,43 @@ class DriftMonitor:
                              f'{threshold!r}')
         self.threshold, self.action = threshold, action
         self.drift = math.nan
+        self.measured = self._warned = False
 
-    def judge(self, deviations: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def judge(self, deviations: Sequence[Tensor], dtype: torch.dtype) -> bool:
         """Sets :attr:`drift`, and raises or warns if it is above the threshold.
+
+        Features that were not finite in the forward pass cannot be rebuilt, and say nothing about the drift. They are left to
+        the loss scaler, which skips the step because its gradients are not finite; without one, a warning tells the user, once.
 
         Args:
             deviations (Sequence[Tensor]): one result of :func:`deviation` for every comparison of this backward pass.
             dtype (torch.dtype): dtype of the features.
+
+        Returns:
+            bool: whether the features of the forward pass were finite.
 
         Raises:
             ReversibilityError: if the drift is above the threshold and the action is 'raise'.
         """
         threshold = self.threshold or DRIFT_THRESHOLD[dtype]
         errors, scales = torch.stack(tuple(deviations)).unbind(1)
-        # Features that overflow in the forward pass are left to the loss scaler. There is one transfer in a backward pass.
-        relative = torch.where(scales.isfinite(), errors / scales.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
-        finite, drift = torch.stack([scales.isfinite().all().to(relative.dtype), relative.nan_to_num(math.inf).max()]).tolist()
-        self.drift = drift if finite else math.nan
-        if drift > threshold:
+        relative = (errors / scales.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(math.inf)
+        finite, drift = torch.stack([scales.isfinite().all().to(relative.dtype), relative.max()]).tolist()  # one transfer
+        self.drift, self.measured = drift if finite else math.nan, True
+        if not finite and not self._warned:
+            self._warned = True
+            warnings.warn('the features are not finite. With a loss scaler (mixed precision in float16) this step is skipped, '
+                          'and the training goes on; without one, the training has diverged', RuntimeWarning, stacklevel=2)
+        if finite and drift > threshold:
             message = (f'the features rebuilt in the backward pass differ from those of the forward pass by {drift:.2g} of '
                        f'their largest value (threshold {threshold:.2g}), so the gradients of this step are wrong. Usual '
-                       'causes: an F that is not deterministic, parameters changed between forward and backward, or '
-                       'features that grow without bound. Train with reversible=False, with_cp=True to compare.')
+                       'causes: an F that is not deterministic, another thread that draws random numbers, parameters changed '
+                       'between forward and backward, or features that grow without bound. Train with reversible=False, '
+                       'with_cp=True to compare.')
             if self.action == 'raise':
                 raise ReversibilityError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return bool(finite)
 
 
 def deviation(rebuilt: Tensor, reference: Tensor) -> Tensor:

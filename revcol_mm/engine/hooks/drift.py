@@ -1,10 +1,11 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Training hooks."""
-import math
-
+import numpy as np
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+
+from ...reversible import DriftMonitor
 
 
 @HOOKS.register_module()
@@ -35,8 +36,7 @@ class ReversibleDriftHook(Hook):
         if not self.every_n_train_iters(runner, self.interval):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        drifts = [module.drift for module in model.modules()
-                  if getattr(module, 'reversible', False) and isinstance(getattr(module, 'drift', None), float)]
-        drifts = [drift for drift in drifts if not math.isnan(drift)]
+        monitors = [getattr(module, 'monitor', None) for module in model.modules() if getattr(module, 'reversible', False)]
+        drifts = [monitor.drift for monitor in monitors if isinstance(monitor, DriftMonitor) and monitor.measured]
         if drifts:
-            runner.message_hub.update_scalar('train/drift', max(drifts))
+            runner.message_hub.update_scalar('train/drift', float(np.max(drifts)))  # nan if one of them is nan
