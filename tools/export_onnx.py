@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from revcol_mm.apis.checks import check_checkpoint  # noqa: E402
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
-from revcol_mm.apis.errors import LaunchError, model_errors, plain_errors  # noqa: E402
+from revcol_mm.apis.errors import LaunchError, build_errors, plain_errors  # noqa: E402
 from revcol_mm.apis.inference import load_weights  # noqa: E402
 from revcol_mm.models import RevCol  # noqa: E402
 from revcol_mm.utils.export import SIZES, export_onnx  # noqa: E402
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     check_checkpoint(args.checkpoint, 'the command line')
-    with model_errors(cfg), DefaultScope.overwrite_default_scope(cfg.get('default_scope')), warnings.catch_warnings():
+    with build_errors(cfg), DefaultScope.overwrite_default_scope(cfg.get('default_scope')), warnings.catch_warnings():
         if cfg.get('data_preprocessor') and 'data_preprocessor' not in cfg.model:  # as mmpretrain's runner does
             cfg.model.data_preprocessor = cfg.data_preprocessor
         warnings.simplefilter('ignore')  # what heads say about their losses matters for training

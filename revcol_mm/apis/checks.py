@@ -47,13 +47,13 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
                 paths = ['']
             for path in paths:
                 path = path if path is None or _is_remote(path) else osp.join(root, path)
-                if path and not _is_remote(path) and not osp.exists(path):
+                if _is_missing(path):
                     raise LaunchError(_describe_missing_data(path, key, dataset, section))
             _check_categories(dataset, key)
         evaluators = cfg.get(f'{loader}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
             path = evaluator.get('ann_file')
-            if path and not _is_remote(path) and not osp.exists(path):
+            if _is_missing(path):
                 raise LaunchError(f'there is no annotation file {path} (looked from {os.getcwd()}), which {loader}_evaluator '
                                   f'needs. Another place: --cfg-options {loader}_evaluator.ann_file=/path/to/annotations.json')
 
@@ -99,6 +99,10 @@ def _is_remote(path: str) -> bool:
     return '://' in path
 
 
+def _is_missing(path: str | None) -> bool:
+    return bool(path) and not _is_remote(path) and not osp.exists(path)
+
+
 def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> str:
     kind = str(dataset.get('type', 'data set'))
     root = dataset.get('data_root')
@@ -135,7 +139,7 @@ def check_pretrained(cfg: Config, config: str) -> None:
 
 
 def _check_exists(path: str | None, argument: str, remedy: str = '') -> None:
-    if path and not _is_remote(path) and not osp.exists(osp.expanduser(path)):
+    if path and _is_missing(osp.expanduser(path)):
         raise LaunchError(f'there is no checkpoint {path} (looked from {os.getcwd()}), which {argument} names'
                           + f'. {remedy}' * bool(remedy))
 

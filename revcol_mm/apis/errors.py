@@ -30,22 +30,6 @@ def plain_errors() -> Iterator[None]:
         sys.exit(f'error: {error}: pip install {PACKAGES.get(package, package)}')
 
 
-@contextlib.contextmanager
-def model_errors(cfg: Config) -> Iterator[None]:
-    """To be used while the config's model is built.
-
-    Raises:
-        LaunchError: for settings that the model refuses, an unknown ``type`` for example, and for a config without a model.
-    """
-    if not cfg.get('model'):
-        raise LaunchError(f'{cfg.filename} has no model')
-    try:
-        yield
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        reason = str(error.args[0] if error.args else type(error).__name__)
-        raise LaunchError(f'the model of {cfg.filename} cannot be built: {reason}') from error
-
-
 class _Begun(Hook):
     """Tells whether the run has begun. A runner builds most of its parts in the call that starts the run."""
 
@@ -59,11 +43,19 @@ class _Begun(Hook):
 
 @contextlib.contextmanager
 def build_errors(cfg: Config, runner=None) -> Iterator[None]:
-    """To be used while the parts of a run are built; with a ``runner``, while it runs.
+    """A context in which the config's model, or all parts of a run, are built.
+
+    Args:
+        cfg (Config): the config.
+        runner (Runner, optional): a runner that runs in this context. It builds further parts before the run begins; errors
+            of the run itself are not changed. Default: None.
 
     Raises:
-        LaunchError: for settings that a part refuses, with the place in the code.
+        LaunchError: if the config has no model, or settings that a part refuses, an unknown ``type`` for example. The message
+            names the place in the code.
     """
+    if not cfg.get('model'):
+        raise LaunchError(f'{cfg.filename} must define a model, but has none')
     begun = _Begun()
     if runner is not None:
         runner.register_hook(begun, priority='VERY_HIGH')

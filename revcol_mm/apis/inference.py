@@ -30,7 +30,7 @@ from ..checkpoint.files import check_output, write_whole
 from ..checkpoint.loading import check_weights, find_meta, find_state_dict
 from ..checkpoint.safe import some
 from .checks import check_checkpoint, find_differences
-from .errors import PACKAGES, LaunchError, model_errors
+from .errors import PACKAGES, LaunchError, build_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 TOP = 5  # classes that a classifier's JSON names per image
@@ -89,7 +89,7 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     check_device(device)
     if not cfg.get('test_dataloader'):
         cfg = _with_test_pipeline(cfg)
-    with warnings.catch_warnings(), model_errors(cfg), \
+    with warnings.catch_warnings(), build_errors(cfg), \
             DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
         warnings.simplefilter('ignore')  # of random weights and other data sets' classes, both replaced below
         if scope == 'mmdet':

@@ -1,7 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The runner of a run, and the end of its processes."""
+"""The runner with its checks of checkpoints, and the end of a distributed run."""
 import gc
 import os.path as osp
+import textwrap
 from typing import Mapping
 
 import torch
@@ -11,6 +12,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import kernels_of
@@ -21,13 +23,13 @@ from .errors import LaunchError, build_errors
 
 
 class CheckedLoading:
-    """Refuses checkpoints that do not fit the model. Goes before a runner of mmengine in the list of base classes.
+    """Refuses checkpoints that do not fit the model. It stands before a runner of mmengine in the list of base classes.
 
-    mmengine's runners load what fits, and warn of the rest. A run that is tested or resumed needs every weight. A training that
-    starts from ``load_from`` needs some: heads for other classes may differ, and mmengine's log lists what was left out.
+    mmengine's runners load the weights that fit, and only warn of the others. A run that tests or resumes needs all weights. A
+    training that starts from ``load_from`` needs some: heads for other classes may differ, and mmengine logs what is left out.
     """
 
-    #: Whether every weight of the model must be in the checkpoint, and the reverse.
+    #: Whether the checkpoint and the model must have the same weights.
     loads_whole_model = False
 
     def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs):
@@ -39,18 +41,19 @@ class CheckedLoading:
         if not self.loads_whole_model:
             self._check_some_fit(filename)
         try:
+            # mmengine compares, because it knows the wrappers, and the weights that a model renames or pads.
             strict = strict or self.loads_whole_model
             return super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
-        except CheckpointError:
+        except (CheckpointError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            self._check_same_weights(filename)
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{filename} does not fit the config's model: {reason}") from error
+            differences = find_differences(*self._shapes_and_weights(filename)) or textwrap.shorten(str(error), 500)
+            raise CheckpointError(f"{filename} does not fit the config's model: {differences}") from error
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """As mmengine's; raises a CheckpointError for a checkpoint of another model."""
-        self._check_same_weights(filename)
+        if isinstance(self, FlexibleRunner):
+            self.load_checkpoint(filename)  # because its resume() loads the weights that fit, without load_checkpoint()
         super().resume(filename, *args, **kwargs)
 
     def _model(self) -> nn.Module:
@@ -59,40 +62,35 @@ class CheckedLoading:
             model = model.module
         return model
 
-    def _shapes(self) -> Mapping[str, torch.Size]:
-        # A sharded model has shapes of its own; our strategy keeps those of the whole one.
-        whole = getattr(getattr(self, 'strategy', None), 'shapes', None)
-        return whole or {key: value.shape for key, value in self._model().state_dict().items()}
+    def _shapes_and_weights(self, filename: str) -> tuple[Mapping[str, torch.Size], dict[str, Tensor]]:
+        """The shapes of the model's weights, and the weights of a file without their values, under the model's names.
 
-    def _check_same_weights(self, filename: str) -> None:
-        if osp.isdir(filename):  # one of FSDP's local checkpoints
-            return
-        differences = find_differences(self._shapes(), _weights(filename))
-        if differences:
-            raise CheckpointError(f"{filename} does not fit the config's model: {differences}")
-
-    def _check_some_fit(self, filename: str) -> None:
-        if osp.isdir(filename):
-            return
-        model, own, weights = self._model(), self._shapes(), _weights(filename)
+        Both are empty where they cannot be compared: for a folder of FSDP's, and for a model that another strategy than ours
+        has sharded, whose shapes are those of the shards.
+        """
+        own = getattr(getattr(self, 'strategy', None), 'shapes', None)
+        if osp.isdir(filename) or (own is None and isinstance(self.model, FSDP)):
+            return {}, {}
+        model = self._model()
+        own = own or {key: value.shape for key, value in model.state_dict().items()}
+        content = read_checkpoint(filename, map_location='meta', logger=None)
+        weights = {key.removeprefix('module.'): value for key, value in content.get('state_dict', content).items()}
         # Some models rename weights while they load them, as mmdet's teachers and students do. Meta tensors are not copied.
         model._load_from_state_dict(weights, '', {}, False, [], [], [])
-        if not any(key in own and value.shape == own[key] for key, value in weights.items()):
+        return own, weights
+
+    def _check_some_fit(self, filename: str) -> None:
+        own, weights = self._shapes_and_weights(filename)
+        if own and not any(key in own and value.shape == own[key] for key, value in weights.items()):
             raise CheckpointError(f"none of the weights of {filename} ({some(weights, 2)}) fits the config's model "
                                   f'({some(own, 2)}). {place_of_backbones(filename)}')
         sizes = [(value.shape[-1], own[key][-1]) for key, value in kernels_of(weights).items()
                  if key in own and value.dim() == 4 and value.shape != own[key] and value.shape[:2] == own[key][:2]]
         size, wanted = sizes[0] if sizes else (0, 0)
-        padded = size < wanted and any(getattr(module, 'pad_pretrained', False) for module in model.modules())
+        padded = size < wanted and any(getattr(module, 'pad_pretrained', False) for module in self._model().modules())
         if sizes and not padded:
             remedy = f': python tools/pad_kernels.py {filename} --size {wanted}' if size < wanted else ''
             raise CheckpointError(f'{filename} has kernels of {size}×{size}, but the model has {wanted}×{wanted}{remedy}')
-
-
-def _weights(filename: str) -> dict[str, Tensor]:
-    """Names and shapes of a checkpoint's weights, without their values."""
-    content = read_checkpoint(filename, map_location='meta', logger=None)
-    return {key.removeprefix('module.'): value for key, value in content.get('state_dict', content).items()}
 
 
 def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | FlexibleRunner:
@@ -100,8 +98,8 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
 
     Args:
         cfg (Config): the config.
-        loads_whole_model (bool): whether its checkpoint must hold the whole model, as for a test or when resuming. Default:
-            False.
+        loads_whole_model (bool): whether the checkpoint and the model must have the same weights, as for a test and when
+            resuming. Default: False.
 
     Raises:
         LaunchError: for settings that the model, a hook or another part refuses, and for parts that do not go together.
@@ -110,19 +108,22 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
     if sharded and any(str(hook.get('type')).endswith('EMAHook') for hook in cfg.get('custom_hooks') or []):
         raise LaunchError('EMAHook copies the whole model, which is not possible with a sharded one. Without any custom hook: '
                           '--cfg-options custom_hooks="[]"; or leave this hook out in a config of your own')
-    if get_device() == 'cpu':
-        fit_to_cpu(cfg)
+    kind = cfg.get('runner_type', Runner)
+    kind = RUNNERS.get(kind) if isinstance(kind, str) else kind
+    if kind is None:
+        raise LaunchError(f'runner_type must be Runner, FlexibleRunner or another registered one, but got {cfg.runner_type!r}')
     with build_errors(cfg):
-        kind = RUNNERS.get(cfg.runner_type) if 'runner_type' in cfg else Runner
+        if get_device() == 'cpu':
+            fit_to_cpu(cfg)
         runner = type(kind.__name__, (CheckedLoading, kind), {}).from_cfg(cfg)
     runner.loads_whole_model = loads_whole_model
     return runner
 
 
 def leave_process_group() -> None:
-    """Ends a distributed run that went well: a process that exits with the group's threads alive can abort (gloo).
+    """Ends a distributed run without errors. A process that exits while threads of its group are alive can abort (gloo).
 
-    What holds the group must be gone before: a sharded model does.
+    Objects that hold the group, such as a sharded model, must be deleted before.
     """
     if torch.distributed.is_initialized():
         gc.collect()

@@ -263,25 +263,25 @@ def test_a_config_without_a_test_predicts_with_its_test_pipeline(images, tmp_pat
     (['--out', 'file/inner/out'], 'output folder file/inner/out cannot be made: .*file is a file'),
     (['--ann-file', '.'], r'annotation file \. cannot be read: Is a directory'),
     (['--ann-file', 'none.json'], 'annotation file none.json cannot be read: No such file'),
-    (['--cfg-options', 'model.backbone.arch=giant'], "model of .* cannot be built: .*arch must .* got 'giant'"),
-    (['--cfg-options', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
-    (['--cfg-options', 'model=None'], 'has no model'),
+    (['--cfg-options', 'model.backbone.arch=giant'], r"\.py cannot be built: ValueError: .*arch must .* got 'giant'"),
+    (['--cfg-options', 'model.type=NoSuch'], r'\.py cannot be built: KeyError: .*NoSuch is not in'),
+    (['--cfg-options', 'model=None'], 'must define a model, but has none'),
 ])
 def test_mistakes_end_with_a_sentence(workshop, images, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').touch()
     if arguments[0] != '--cfg-options':  # the model is not yet built
-        monkeypatch.setattr('revcol_mm.apis.inference.model_errors', None)
+        monkeypatch.setattr('revcol_mm.apis.inference.build_errors', None)
     with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), errors.plain_errors():
         infer.main([config_of('classification'), str(workshop / 'classification.pth'), images[0], '--out', 'out', *arguments])
     assert os.listdir(tmp_path) == ['file']
 
 
 @pytest.mark.parametrize('options, sentence', [
-    (['model.backbone.arch=giant'], "model of .* cannot be built: .*arch must .* got 'giant'"),
-    (['model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
-    (['model=None'], 'has no model'),
-    (['default_scope=None', 'model.type=NoSuch'], 'model of .* cannot be built: NoSuch is not in'),
+    (['model.backbone.arch=giant'], r"\.py cannot be built: ValueError: .*arch must .* got 'giant'"),
+    (['model.type=NoSuch'], r'\.py cannot be built: KeyError: .*NoSuch is not in'),
+    (['model=None'], 'must define a model, but has none'),
+    (['default_scope=None', 'model.type=NoSuch'], r'\.py cannot be built: KeyError: .*NoSuch is not in'),
 ])
 def test_mistakes_in_an_export_end_with_a_sentence(workshop, tmp_path, options, sentence):
     with pytest.raises(SystemExit, match=f'^error: .*{sentence}'), errors.plain_errors():
