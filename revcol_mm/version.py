@@ -9,7 +9,7 @@ __version__ = '0.1.0'
 # Import package -> the distributions that provide it -> the oldest and the newest release series (major, minor) that the tests
 # were run with; docs/installation.md says how. One without is listed so that it is recognised as too old.
 TESTED_VERSIONS = {
-    'torch': {'torch': ((2, 12), (2, 14))},
+    'torch': {'torch': ((2, 12), (2, 15))},
     'mmengine': {'mmengine': ((0, 10), (0, 10)), 'onedl-mmengine': ((0, 10), (0, 10)), 'mmengine-lite': ((0, 10), (0, 10))},
     'mmcv': {'mmcv': ((2, 1), (2, 1)), 'mmcv-lite': ((2, 1), (2, 1)), 'onedl-mmcv': ((2, 3), (2, 3)), 'mmcv-full': None},
     'mmdet': {'mmdet': ((3, 3), (3, 3)), 'onedl-mmdetection': ((3, 5), (3, 5))},

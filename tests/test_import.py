@@ -125,7 +125,7 @@ def test_untested_versions_are_named_in_one_warning_with_the_tested_range(instal
     with pytest.warns(UserWarning) as caught:
         versions.check_versions()
     message, = (str(warning.message) for warning in caught)
-    assert 'torch 2.99.0 (tested: torch 2.12 to 2.14)' in message
+    assert 'torch 2.99.0 (tested: torch 2.12 to 2.15)' in message
     assert 'mmdet 3.4.0rc1 (tested: mmdet 3.3)' in message
     assert 'mmcv' not in message
 
