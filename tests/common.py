@@ -1,15 +1,17 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What the tests of several folders share: paths, a small architecture, gradients, the tools as modules, narrow models."""
+import gc
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -39,6 +41,32 @@ def worst_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert set(actual) == set(expected)
     errors = [(actual[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-30) for name in expected]
     return torch.stack(errors).max().item()  # nan if any is, which Python's max may drop
+
+
+def live_bytes(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[int, int]:
+    """Bytes that torch's CPU allocator hands out for a step and holds, by its own account.
+
+    Args:
+        forward (Callable): the forward pass.
+        backward (Callable): the backward pass; gets what the forward pass returned.
+
+    Returns:
+        tuple[int, int]: bytes held between the two passes, and at the peak. What lived before does not count.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = forward()
+        gc.collect()
+        with record_function('between the passes'):
+            pass
+        backward(result)
+    held = peak = between = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            peak = max(peak, held)
+        elif event.name() == 'between the passes':
+            between = held
+    return between, peak
 
 
 def load_tool(name: str) -> ModuleType:

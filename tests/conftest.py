@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
@@ -49,13 +50,29 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@contextmanager
+def _own_default_scope() -> Iterator[None]:
+    scopes = dict(DefaultScope._instance_dict)
+    try:
+        yield
+    finally:
+        DefaultScope._instance_dict.clear()
+        DefaultScope._instance_dict.update(scopes)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _default_scope_of_a_module() -> Iterator[None]:
+    """mmengine's default scope outlives what set it: no file meets the one that another file's fixtures or imports left."""
+    with _own_default_scope():
+        DefaultScope._instance_dict.clear()
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _default_scope() -> Iterator[None]:
-    """mmengine's default scope outlives the runner that set it: no test meets the one of another."""
-    scopes = dict(DefaultScope._instance_dict)
-    yield
-    DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(scopes)
+    """No test meets the default scope of another."""
+    with _own_default_scope():
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -80,20 +80,3 @@ def test_the_pretrained_backbone_fits_the_detector():
                  for name in ('revcol_nano_digits_pretrain.py', 'cascade_rcnn_revcol_nano_digits.py')]
     shapes = [{name: value.shape for name, value in MODELS.build(backbone).state_dict().items()} for backbone in backbones]
     assert shapes[0] == shapes[1]
-
-
-def test_foreground_iou_is_the_plain_one_without_the_background():
-    """Against a count by hand: the background's own IoU is left out, digits seen in it are not forgiven."""
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    from revcol_mm.evaluation.foreground_iou import ForegroundIoUMetric
-    truth = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2]])
-    guess = torch.tensor([[0, 2, 1, 1, 1, 2, 2, 2]])
-    sample = SegDataSample(gt_sem_seg=PixelData(data=truth), pred_sem_seg=PixelData(data=guess))
-    metric = ForegroundIoUMetric(iou_metrics=['mIoU'])
-    metric.dataset_meta = dict(classes=('0', '1', 'background'))
-    metric.process({}, [sample.to_dict()])
-    measured = metric.evaluate(size=1)
-    assert measured['mIoU'] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2, abs=0.01)  # rounded to two digits
-    assert metric.dataset_meta['classes'] == ('0', '1', 'background')

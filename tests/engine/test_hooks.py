@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The hook that logs the drift of reversible training."""
+import itertools
 import math
 
 import pytest
@@ -16,9 +17,12 @@ ARCH = dict(channels=(4, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=3)
 
 class Model(BaseModel):
 
-    def __init__(self, **backbone):
+    def __init__(self, fickle=False, **backbone):
         super().__init__()
         self.backbone = RevCol(ARCH, layer_scale_init_value=1.0, **backbone)
+        if fickle:
+            calls = itertools.count(1)
+            self.backbone.subnet0.level3.register_forward_hook(lambda module, args, output: output * next(calls)**1.5)
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         return dict(loss=sum(feature.square().mean() for feature in self.backbone(torch.stack(inputs))))
@@ -36,7 +40,7 @@ class Recorder(Hook):
         scalars = runner.message_hub.log_scalars
         count = len(scalars['train/drift'].data[0]) if 'train/drift' in scalars else 0
         self.entries.append((count, runner.model.backbone.drift))
-        self.last = scalars['train/drift'].current() if count else None
+        self.logged = list(scalars['train/drift'].data[0]) if count else []
 
 
 def train(tmp_path, interval, **backbone):
@@ -51,10 +55,18 @@ def train(tmp_path, interval, **backbone):
 
 
 def test_the_drift_of_every_interval_stands_in_the_message_hub(tmp_path):
-    recorder = train(tmp_path, 2, reversible=True)
+    # A first column that is never the same twice drifts by another amount in each iteration.
+    recorder = train(tmp_path, 2, fickle=True, reversible=True, drift_threshold=1e9)
+    drifts = [drift for _, drift in recorder.entries]
+    assert len(set(drifts)) == 4 and min(drifts) > 1e-3
     assert [count for count, _ in recorder.entries] == [0, 1, 1, 2]
-    assert recorder.last == recorder.entries[-1][1]
-    assert 0 <= recorder.last < 1e-3  # the threshold of float32
+    assert recorder.logged == [drifts[1], drifts[3]]
+
+
+def test_a_sound_run_logs_a_drift_of_the_size_of_rounding(tmp_path):
+    recorder = train(tmp_path, 1, reversible=True)
+    assert len(recorder.logged) == 4
+    assert 0 <= max(recorder.logged) < 1e-6  # 2^-23 is 1.2e-7
 
 
 def test_nothing_is_logged_without_reversible_training(tmp_path):
