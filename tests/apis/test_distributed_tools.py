@@ -71,6 +71,7 @@ def test_sharded_gradients_are_clipped_by_the_norm_of_all(workshop, tmp_path):
     assert torch.stack(steps).sum().sqrt().item() == pytest.approx(0.1, rel=1e-3)  # lr · max_norm
 
 
+@pytest.mark.slow
 def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path):
     cfg = Config.fromfile(str(workshop / 'detection.py'))
     cfg.model.neck.norm_cfg.type = 'BN'
@@ -85,6 +86,7 @@ def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path
     assert trained['roi_head.bbox_head.fc_cls.weight'].shape[0] == 11
 
 
+@pytest.mark.slow
 def test_a_narrow_copy_of_revcol_h_trains_sharded(workshop, tmp_path):
     cfg, digits = narrow(load_config('upernet_revcol_h')), Config.fromfile(str(workshop / 'segmentation.py'))
     cfg.model.backbone.init_cfg = None

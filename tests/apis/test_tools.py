@@ -190,7 +190,8 @@ def test_a_missing_data_set_names_the_place_and_how_to_change_it(workshop):
 
 def test_classes_that_the_annotations_do_not_have_and_broken_annotations_are_named(workshop, tmp_path):
     config, key = str(workshop / 'detection.py'), 'train_dataloader.dataset'
-    with pytest.raises(errors.LaunchError, match=rf'{key}.metainfo.classes must be categories of .*, which has 0.*, but got zero, one'):
+    allowed = rf'{key}.metainfo.classes must be categories of .*, which has 0.*, but got zero, one'
+    with pytest.raises(errors.LaunchError, match=allowed):
         train.train([config, '--cfg-options', f"{key}.metainfo.classes=('zero','one')"])
     (tmp_path / 'names.txt').write_text('0\n1\nten\n')  # mmengine reads a file of class names
     with pytest.raises(errors.LaunchError, match='must be categories of .*, but got ten'):
@@ -319,7 +320,8 @@ def test_other_mistakes_are_named(workshop, tmp_path, capsys):
     with pytest.raises(errors.LaunchError, match='--auto-scale-lr'):
         train.train([str(workshop / 'classification.py'), '--auto-scale-lr'])
     detection = str(workshop / 'detection.py')
-    for option, found in (('model.backbone.kernel_size=4', 'kernel_size must be an odd .*, but got 4'), ('model.backbone.depth=1', 'depth'),
+    for option, found in (('model.backbone.kernel_size=4', 'kernel_size must be an odd .*, but got 4'),
+                          ('model.backbone.depth=1', 'depth'),
                           ('visualizer.type=Foo', 'Foo'), ('train_dataloader.batch_size=0', 'batch_size=0'),
                           ('optim_wrapper.optimizer.lr=-1', 'Invalid learning rate: -1')):
         with pytest.raises(errors.LaunchError, match=f'detection.py cannot be built: .*{found}'):

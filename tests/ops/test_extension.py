@@ -159,6 +159,7 @@ def test_without_a_compiled_extension_the_stand_in_is_installed_once(run_with):
     """)
 
 
+@pytest.mark.slow
 def test_mmcv_and_mmpretrain_may_be_imported_before(run_with):
     """mmcv.cnn then goes on without deformable attention, which mmdet and mmseg look for in it."""
     run_with("""
@@ -174,6 +175,7 @@ def test_mmcv_and_mmpretrain_may_be_imported_before(run_with):
     """)
 
 
+@pytest.mark.slow
 def test_mmdets_own_test_tool_runs_with_one_line_before_it(run_with):
     """As in docs/operators.md; without it, mmdet.evaluation asks for mmcv.ops before the config imports revcol_mm."""
     line = next(line for line in (ROOT / 'docs' / 'operators.md').read_text(encoding='utf-8').splitlines() if 'runpy' in line)
