@@ -77,5 +77,5 @@ def test_nothing_is_logged_without_reversible_training(tmp_path):
 
 @pytest.mark.parametrize('interval', [0, -1, 1.5, None])
 def test_an_interval_that_is_no_positive_integer_is_refused(interval):
-    with pytest.raises(ValueError, match=f'interval={interval}'):
+    with pytest.raises(ValueError, match=f'interval must be a positive integer, but got {interval}'):
         HOOKS.build(dict(type='ReversibleDriftHook', interval=interval))

@@ -146,7 +146,7 @@ def test_custom_keys_multiply_rate_and_decay_of_the_longest_match():
 def test_bad_settings_are_refused_with_the_name_and_the_way_out():
     with pytest.raises(ValueError, match=r"\['decay_rate'\].*_delete_"):
         build_optimizer(Detector(), decay_rate=0.7)
-    with pytest.raises(ValueError, match='layer_decay_rate=1.5'):
+    with pytest.raises(ValueError, match='layer_decay_rate .*must .*, but got 1.5'):
         build_optimizer(Detector(), layer_decay_rate=1.5)
     with pytest.raises(ValueError, match='no lr'):
         build_optim_wrapper(Detector(), dict(optimizer=dict(type='AdamW'), constructor='LayerDecayOptimWrapperConstructor'))
