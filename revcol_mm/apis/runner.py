@@ -14,6 +14,7 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from .. import ops
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import kernels_of
 from ..checkpoint.safe import some
@@ -117,6 +118,7 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
             fit_to_cpu(cfg)
         runner = type(kind.__name__, (CheckedLoading, kind), {}).from_cfg(cfg)
     runner.loads_whole_model = loads_whole_model
+    runner.logger.info(ops.describe())
     return runner
 
 
