@@ -110,5 +110,5 @@ def test_the_scripts_say_how_to_call_them():
 def test_a_missing_launcher_environment_is_named(workshop, monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(errors.LaunchError, match='--launcher pytorch: RANK, WORLD_SIZE, MASTER_ADDR .*torchrun'):
+    with pytest.raises(errors.LaunchError, match='--launcher pytorch needs .*: RANK, WORLD_SIZE, MASTER_ADDR.*torchrun'):
         train.train([str(workshop / 'detection.py'), '--launcher', 'pytorch'])

@@ -335,7 +335,7 @@ def test_other_mistakes_are_named(workshop, tmp_path, capsys):
         averaged.write_text(f"_base_ = {detection!r}\ncustom_hooks = [dict(type='EMAHook')]\n")
         train.train([str(averaged), '--cfg-options', 'runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy'])
     for launcher, name in dict(slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK', pytorch='WORLD_SIZE').items():
-        with pytest.raises(errors.LaunchError, match=f'--launcher {launcher}: .*{name}'):
+        with pytest.raises(errors.LaunchError, match=f'--launcher {launcher} needs .*{name}'):
             train.train([detection, '--launcher', launcher])
     torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
     with pytest.raises(errors.LaunchError, match=r'--out predictions.json.*\.pkl'):

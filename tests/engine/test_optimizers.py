@@ -148,7 +148,7 @@ def test_bad_settings_are_refused_with_the_name_and_the_way_out():
         build_optimizer(Detector(), decay_rate=0.7)
     with pytest.raises(ValueError, match='layer_decay_rate .*must .*, but got 1.5'):
         build_optimizer(Detector(), layer_decay_rate=1.5)
-    with pytest.raises(ValueError, match='no lr'):
+    with pytest.raises(ValueError, match='optimizer must have lr'):
         build_optim_wrapper(Detector(), dict(optimizer=dict(type='AdamW'), constructor='LayerDecayOptimWrapperConstructor'))
     with pytest.raises(TypeError, match='get_layer_depth'):
         build_optimizer(nn.Linear(2, 2), layer_decay_rate=0.9)

@@ -181,7 +181,7 @@ def test_the_tool_prints_a_line_per_part():
 @pytest.mark.parametrize('args,sentence', [
     (('configs/mask_rcnn_revcol_t.py', '--shape', '16', '16'), 'at least 32 pixels'),
     (('configs/none.py', ), 'no config configs/none.py'),
-    (('configs/mask_rcnn_revcol_t.py', '--cfg-options', 'model.backbone.arch=giant'), "arch='giant'")])
+    (('configs/mask_rcnn_revcol_t.py', '--cfg-options', 'model.backbone.arch=giant'), "but got 'giant'")])
 def test_the_tool_says_what_is_wrong_in_one_line(args, sentence):
     done = run_tool(*args)
     assert done.returncode == 1
