@@ -215,8 +215,9 @@ def test_options_and_the_checkpoint_come_in_any_order(arguments):
 
 
 @pytest.mark.parametrize('arguments, sentence', [
-    (['--size', '7'], 'a checkpoint and a kernel size'), (['--size', 'ckpt.pth'], 'a checkpoint and a kernel size'),
-    (['ckpt.pth', '--size', 'seven'], 'seven is no kernel size'), (['ckpt.pth'], '--size')], ids=str)
+    (['--size', '7'], 'a checkpoint and at least one kernel size'),
+    (['--size', 'ckpt.pth'], 'a checkpoint and at least one kernel size'),
+    (['ckpt.pth', '--size', 'seven'], 'must be an integer, but got seven'), (['ckpt.pth'], '--size')], ids=str)
 def test_a_missing_or_wrong_size_is_a_matter_of_usage(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as usage:
         pad_kernels.parse_args(arguments)
@@ -534,7 +535,8 @@ def test_bad_safetensors_get_a_sentence(tmp_path, contents):
     (['--size', '4'], '--size must be odd, so that the kernel has a centre, but got 4'),
     (['--size', '3'], '3×3 already'), (['--size', '1'], '3×3 already'), (['--size', '-5'], '3×3 already'),
     (['--size', '5', '4'], 'odd'), (['--size', '7', '--std', '-1'], '--std must be finite and not negative, but got -1'),
-    (['--size', '5', '7', '--out', 'x.pth'], "needs '{size}'"), (['--size', '5', '--out', 'no/such/folder.pth'], 'no folder'),
+    (['--size', '5', '7', '--out', 'x.pth'], "must contain '{size}'"),
+    (['--size', '5', '--out', 'no/such/folder.pth'], 'no folder'),
     (['--size', '5', '--out', 'ckpt.pth', '--force'], 'the input itself'), (['--size', '5', '--out', '.'], 'not a file'),
     (['--size', '7', '--out', 'there.pth'], 'there.pth exists; --force'),
     (['--size', '7', '--seed', str(2**64)], f'--seed must be an integer of at most 64 bits, but got {2**64}'),
