@@ -27,8 +27,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
     parser.add_argument('--out', required=True, metavar='FILE', help='file.onnx')
     parser.add_argument('--opset', type=int, default=17, help='version of the operators, from 17; default: 17')
-    parser.add_argument('--check', type=int, nargs=2, action='append', metavar=('H', 'W'), help='size of an image to check at; '
-                        f'several times for several. Default: {", ".join(f"{h} {w}" for h, w in SIZES)}')
+    parser.add_argument('--check', type=int, nargs=2, action='append', metavar=('H', 'W'), help='image size of the check; '
+                        f'give it several times for several sizes. Default: {", ".join(f"{h} {w}" for h, w in SIZES)}')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
     add_config_options(parser)
     return parser.parse_args(argv)
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         model = MODELS.build(cfg.model)
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, RevCol):
-        raise LaunchError(f'{args.config} has the backbone {type(backbone).__name__}; only RevCol can be exported')
+        raise LaunchError(f'{args.config} has the backbone {type(backbone).__name__}, but only RevCol can be exported')
     load_weights(model, args.checkpoint)
     try:
         deviations = export_onnx(backbone, args.out, args.check or SIZES, args.opset, args.force)
