@@ -28,19 +28,19 @@ def export_onnx(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = 
     file holds the weights up to 2 GB; larger weights are in ``<path>.data`` beside it. It needs onnx and onnxruntime.
 
     Args:
-        backbone: the weights to export.
-        path: the file. It appears when the check has passed; otherwise an earlier file stays as it was.
-        sizes: (height, width) to check at. Default: three, from 64 up, odd ones too.
-        opset: version of ONNX's operators, from 17. Default: 17.
-        force: replace a file that exists. Default: False.
+        backbone (RevCol): the network to export.
+        path (str): the file. It appears when the check has passed; otherwise an earlier file stays as it was.
+        sizes (Sequence[tuple[int, int]]): heights and widths to check at. Default: :data:`SIZES`.
+        opset (int): version of ONNX's operators, at least 17. Default: 17.
+        force (bool): replace a file that exists. Default: False.
 
     Returns:
         dict: for each size, the largest difference between onnxruntime and torch, relative to the largest value of an output.
 
     Raises:
-        CheckpointError: the file exists or cannot be written.
-        ValueError: for a smaller opset, or sizes that RevCol does not take.
-        RuntimeError: onnxruntime computes something else.
+        CheckpointError: if the file exists or cannot be written.
+        ValueError: for a smaller ``opset``, or sizes that RevCol does not take.
+        RuntimeError: if onnxruntime computes something else.
     """
     import onnx
     if opset < 17:
@@ -82,7 +82,7 @@ def compare(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = SIZE
         dict: for each size, the largest difference relative to the largest value of an output.
 
     Raises:
-        RuntimeError: if one is above :data:`TOLERANCE`, or shapes differ.
+        RuntimeError: if a difference is larger than :data:`TOLERANCE`, or if shapes differ.
     """
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])

@@ -2,7 +2,7 @@
 """Parameters and multiply-adds of a config's model, part by part, counted on the meta device, which needs no memory.
 
 One multiply-add is one FLOP here, as in the RevCol paper, in Swin's and ConvNeXt's, and in OpenMMLab's tables. Convolutions,
- linear layers, matrix products, attention, and deformable attention; norms, activations, additions and
+linear layers, matrix products, attention and deformable attention are counted; norms, activations, additions and
 interpolation are not.
 
 Two-stage detectors are counted as in those tables: the box head of every stage gets 1000 proposals and its mask head 100 boxes,
@@ -71,11 +71,11 @@ def count(cfg: Config, shape: Sequence[int] | None = None) -> dict[str, Cost]:
     """Counts a config's model.
 
     Args:
-        cfg: mmdet's, mmseg's or mmpretrain's.
-        shape: height and width of the image. Default: :func:`default_shape`.
+        cfg (Config): config of mmdet, mmseg or mmpretrain.
+        shape (Sequence[int] | None): height and width of the image. Default: None, :func:`default_shape`.
 
     Returns:
-        dict[str, Cost]: by part, in the model's order (backbone, neck, heads); 'total' last.
+        dict[str, Cost]: the cost of every part, in the order backbone, neck, heads; 'total' comes last.
 
     Raises:
         ValueError: if the shape is not two positive integers, or too small for the model.

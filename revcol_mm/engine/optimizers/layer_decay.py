@@ -1,6 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Layer-wise learning-rate decay for every model whose backbone tells the depth of its parameters."""
-
 import torch
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
