@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Parameters and FLOPs (multiply-adds) of a config's model, part by part, in seconds and without memory.
+"""Parameters and FLOPs (multiply-adds) of a config's model, part by part, counted without memory for the weights.
 
     python tools/get_flops.py configs/cascade_rcnn_revcol_t.py
     python tools/get_flops.py configs/upernet_revcol_h.py --shape 640 640
@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # what heads say about their losses matters for training
+    warnings.simplefilter('ignore')  # the heads' warnings about their losses matter only for training
     try:
         run(args)
-    except (LaunchError, ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: what no registry knows
+    except (LaunchError, ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
         sys.exit(f'error: {error.args[0]}')
 
 

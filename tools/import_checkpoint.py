@@ -26,12 +26,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         'are checked against it')
     parser.add_argument('--out', help='output, .pth or .safetensors. Default: NAME_mm.pth, or NAME_official.pth')
     parser.add_argument('--ema', action='store_true', help="take the averaged weights of the authors' training checkpoints")
-    parser.add_argument('--to-official', action='store_true', help="the other way: to the authors' names and wrapping")
+    parser.add_argument('--to-official', action='store_true', help="export instead, with the authors' names and wrapping")
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
-    parser.add_argument('--dry-run', action='store_true', help='check and print, write nothing')
+    parser.add_argument('--dry-run', action='store_true', help='check and print the report, but write nothing')
     args = parser.parse_args(argv)
     if args.to_official and (args.config or args.ema):
-        parser.error('--to-official goes without --config and --ema')
+        parser.error('--to-official cannot be combined with --config or --ema')
     return args
 
 

@@ -1,9 +1,9 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Predicts on images: pictures with what was found, and JSON in COCO's format.
+"""Predicts on images, and writes pictures with the predictions, and JSON in COCO's format.
 
     python tools/infer.py CONFIG CHECKPOINT photo.jpg folder 'more/**/*.png' --out predictions
 
-Exit status: 0 when all images were predicted; 3 when some were left out, each with a line that says why; 1 when nothing was.
+Exit status: 0 when all images were predicted; 3 when some were left out, with the reason for each; 1 when none was predicted.
 """
 import argparse
 import sys
@@ -28,14 +28,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for images.json, predictions.json, pictures (vis/) '
                         'and, in segmentation, label maps (maps/)')
-    parser.add_argument('--ann-file', metavar='FILE', help='COCO annotations whose ids of images and categories to use; '
+    parser.add_argument('--ann-file', metavar='FILE', help='COCO annotations whose ids of images and categories are used; '
                         'default: images are counted from 1, and a category is the number of its class, from 0')
-    parser.add_argument('--score-thr', type=float, default=0.3, help="least score in a detector's pictures, not in the JSON; "
-                        'default: 0.3')
+    parser.add_argument('--score-thr', type=float, default=0.3, help="lowest score in a detector's pictures; "
+                        'the JSON holds all scores. Default: 0.3')
     parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
-    parser.add_argument('--deploy', action='store_true', help='fold the backbone first (RevCol.switch_to_deploy)')
+    parser.add_argument('--deploy', action='store_true', help='fold the backbone before predicting (RevCol.switch_to_deploy)')
     parser.add_argument('--device', help='default: a GPU if there is one')
-    parser.add_argument('--force', action='store_true', help="replace an earlier run's files")
+    parser.add_argument('--force', action='store_true', help='replace the files of an earlier run')
     add_config_options(parser)
     return parser.parse_args(argv)
 

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Strips a training checkpoint to what others need, and writes its hash into its name and a description beside it.
+"""Removes the training state from a checkpoint, puts a hash into its name, and writes a description beside it.
 
     python tools/publish_checkpoint.py work_dirs/run/epoch_36.pth --out cascade_rcnn_revcol_t.pth
 """
@@ -17,8 +17,8 @@ from revcol_mm.converters import publish_checkpoint  # noqa: E402
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Publish a checkpoint')
-    parser.add_argument('checkpoint')
-    parser.add_argument('--out', help='name before the hash is put in, .pth or .safetensors. Default: that of the checkpoint')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', help='output without the hash, .pth or .safetensors. Default: the name of the checkpoint')
     parser.add_argument('--force', action='store_true', help='replace outputs that exist')
     args = parser.parse_args(argv)
     try:

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Tests one: python tools/test.py CONFIG CHECKPOINT (see --help)."""
+"""Tests a detector, a segmentor or a classifier: python tools/test.py CONFIG CHECKPOINT (see --help)."""
 import sys
 from pathlib import Path
 
