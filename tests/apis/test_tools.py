@@ -338,5 +338,5 @@ def test_other_mistakes_are_named(workshop, tmp_path, capsys):
         with pytest.raises(errors.LaunchError, match=f'--launcher {launcher} needs .*{name}'):
             train.train([detection, '--launcher', launcher])
     torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
-    with pytest.raises(errors.LaunchError, match=r'--out predictions.json.*\.pkl'):
+    with pytest.raises(errors.LaunchError, match=r'--out must .*\.pkl.*, but got predictions.json'):
         test.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'predictions.json'])
