@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         converted, report = import_checkpoint(checkpoint, config, args.ema, args.checkpoint)
     if not args.dry_run:
-        with write_whole(out) as file:
+        with write_whole(out, replace=args.force) as file:
             write_checkpoint(converted, file, out.endswith('.safetensors'))
     print(report)
     print(f'written:     {"nothing (dry run)" if args.dry_run else out}')

@@ -85,10 +85,11 @@ def run(args: argparse.Namespace) -> None:
             padded, report = pad_checkpoint(checkpoint, size, args.std, args.seed, args.checkpoint)
             reports[path] = report
             if not args.dry_run:
-                write_checkpoint(padded, files.enter_context(write_whole(path)), path.endswith('.safetensors'))
+                file = files.enter_context(write_whole(path, replace=args.force))
+                write_checkpoint(padded, file, path.endswith('.safetensors'))
         if args.report:
             text = json.dumps({path: asdict(report) for path, report in reports.items()}, indent=2)
-            files.enter_context(write_whole(args.report)).write(text.encode())
+            files.enter_context(write_whole(args.report, replace=args.force)).write(text.encode())
     for path, report in reports.items():
         print(describe(report, path + (' (dry run, not written)' if args.dry_run else '')))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import check_folder, check_output, write_checkpoint, write_whole
+from ..checkpoint.files import check_folder, check_output, put_in_place, write_checkpoint, write_whole
 from ..checkpoint.kernels import kernels_of
 from ..checkpoint.loading import COUNTERS, check_weights, find_meta, find_state_dict, strip_module
 from ..checkpoint.names import count_dtypes, find_dataset_meta, find_num_classes, find_task
@@ -93,7 +93,7 @@ def publish_checkpoint(source: str, out: str | None = None, force: bool = False)
         for target in (path, sidecar):
             check_output(target, source, force)
         description.update(file=os.path.basename(path), sha256=digest)
-        with write_whole(sidecar) as file:
+        with write_whole(sidecar, replace=force) as file:
             file.write((json.dumps(description, indent=2, default=str) + '\n').encode())
-            os.replace(draft, path)
+            put_in_place(draft, path, replace=force)
     return path, sidecar, description
