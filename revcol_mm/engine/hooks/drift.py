@@ -1,5 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Training hooks."""
+import re
+
 import numpy as np
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -31,6 +33,16 @@ class ReversibleDriftHook(Hook):
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval must be a positive integer, but got {interval!r}')
         self.interval = interval
+
+    def before_train(self, runner) -> None:
+        log_iter = runner.log_processor.get_log_after_iter
+
+        def get_log_after_iter(*args, **kwargs) -> tuple[dict, str]:
+            tag, text = log_iter(*args, **kwargs)
+            drift = tag.get('drift', tag.get('train/drift'))
+            return tag, text if drift is None else re.sub(r'\bdrift: \S+', f'drift: {drift:.2e}', text)
+
+        runner.log_processor.get_log_after_iter = get_log_after_iter  # mmengine writes four decimals: 0.0000
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
         if not self.every_n_train_iters(runner, self.interval):
