@@ -3,6 +3,7 @@
 import os
 import subprocess
 import warnings
+from datetime import timedelta
 from typing import Sequence
 
 import torch
@@ -35,7 +36,7 @@ def fit_to_cpu(cfg: Config) -> None:
         logger.interval = min(logger.get('interval', 10), 10)  # iterations take seconds here
     if cfg.launcher == 'none':
         return
-    _init_gloo(cfg.launcher)
+    _init_gloo(cfg.launcher, ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout'))
     if cfg.get('strategy'):
         strategy = str(cfg.strategy.get('type', '')).rpartition('.')[2]
         if strategy == 'FSDPStrategy':
@@ -62,7 +63,8 @@ def _replace_sync_bn(node) -> bool:
     return any([_replace_sync_bn(value) for value in node]) or found
 
 
-def _init_gloo(launcher: str) -> None:
+def _init_gloo(launcher: str, timeout: float | None = None) -> None:
+    """``timeout``: seconds that a process waits for another. Default: None, torch's, half an hour."""
     if torch.distributed.is_initialized():
         return
     env = os.environ
@@ -80,7 +82,9 @@ def _init_gloo(launcher: str) -> None:
         env.setdefault('MASTER_ADDR', '127.0.0.1')
     env.setdefault('MASTER_PORT', '29500')
     _check_environment(launcher, ('RANK', 'WORLD_SIZE', 'MASTER_ADDR'))
-    torch.distributed.init_process_group('gloo')
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        raise LaunchError(f'env_cfg.dist_cfg.timeout must be a positive number of seconds, but got {timeout!r}')
+    torch.distributed.init_process_group('gloo', timeout=timeout and timedelta(seconds=timeout))
 
 
 def _check_environment(launcher: str, names: Sequence[str]) -> None:

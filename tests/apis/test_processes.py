@@ -1,0 +1,71 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""A process that does not answer ends the run, and is named."""
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from benchmarks.drills import free_port
+from revcol_mm.apis import cpu, processes
+from revcol_mm.apis.errors import LaunchError
+
+FORK = multiprocessing.get_context('fork')  # they have everything imported
+
+
+def meet(rank, port, victim, number, answers):
+    """One of three processes. The victim sends itself a signal; the others report what they are told."""
+    processes.SECONDS = 2
+    os.environ.update(RANK=str(rank), WORLD_SIZE='3', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    cpu._init_gloo('pytorch', timeout=3)
+    try:
+        with processes.name_lost_processes():
+            torch.distributed.barrier()
+            if rank == victim:
+                os.kill(os.getpid(), number)
+            torch.distributed.all_reduce(torch.ones(1))
+    except LaunchError as error:
+        answers.put((rank, str(error)))
+        answers.close()
+        answers.join_thread()
+    os._exit(0)
+
+
+def answers_of_the_others(victim, number):
+    port, answers = free_port(), FORK.Queue()
+    started = [FORK.Process(target=meet, args=(rank, port, victim, number, answers)) for rank in range(3)]
+    for process in started:
+        process.start()
+    try:
+        return dict(answers.get(timeout=60) for _ in range(2))
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def test_a_stopped_process_is_named():
+    answers = answers_of_the_others(1, signal.SIGSTOP)
+    assert answers[0].startswith('no answer from rank 1: its process is stopped or lost') and '--resume auto' in answers[0]
+    assert 'another process of this run has ended' in answers[2]  # the first one, which has said it
+
+
+def test_a_stopped_first_process_is_named_by_all():
+    for text in answers_of_the_others(0, signal.SIGSTOP).values():
+        assert text.startswith('no answer from rank 0')
+
+
+def test_of_a_killed_process_the_others_say_that_it_has_ended():
+    for text in answers_of_the_others(1, signal.SIGKILL).values():
+        assert text.startswith('another process of this run has ended')
+
+
+@pytest.mark.parametrize('timeout', [0, -1, '10', [10]])
+def test_the_timeout_is_a_positive_number_of_seconds(monkeypatch, timeout):
+    for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1').items():
+        monkeypatch.setenv(name, value)
+    cfg = Config(dict(launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=timeout))))
+    with pytest.raises(LaunchError, match='env_cfg.dist_cfg.timeout must be a positive number of seconds, but got'):
+        cpu.fit_to_cpu(cfg)
