@@ -13,11 +13,12 @@ import mmengine.config.config
 import mmengine.utils.package_utils
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.hooks import checkpoint_hook
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as runner_checkpoint
 
 from . import ops
-from .checkpoint import safe
+from .checkpoint import files, safe
 from .version import installed_version
 
 
@@ -26,6 +27,7 @@ def apply_patches() -> None:
     ops.install()  # its docstring tells what it changes, and when
     enable_safe_loading()
     find_configs_of_forks()
+    write_last_checkpoint_whole()
     support_newer_versions()
 
 
@@ -62,6 +64,15 @@ def find_configs_of_forks() -> None:
     found = installed_version('mmseg')
     if found is not None and found[0] != MODULE2PACKAGE['mmseg']:
         MODULE2PACKAGE['mmseg'] = 'mmseg'  # mmengine falls back to the import package of this name
+
+
+def write_last_checkpoint_whole() -> None:
+    """Makes mmengine's CheckpointHook write ``last_checkpoint`` under another name first, and then rename it.
+
+    Reason: mmengine empties the old file first. If the run is killed at that moment, or the disk is full, no file names a
+    checkpoint. The hook's module opens no other file. Remove it when mmengine writes the file in this way.
+    """
+    checkpoint_hook.open = files.open_whole
 
 
 def support_newer_versions() -> None:

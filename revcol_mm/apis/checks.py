@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 
 from ..checkpoint import read_checkpoint
+from ..checkpoint.files import check_bytes
 from ..checkpoint.safe import some
 from .errors import LaunchError
 
@@ -145,7 +146,7 @@ def _check_exists(path: str | None, argument: str, remedy: str = '') -> None:
 
 
 def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> None:
-    """Checks a local checkpoint before anything is built. A folder is a checkpoint of FSDP, and is not checked.
+    """Checks a local checkpoint before anything is built. A folder is a checkpoint of FSDP: only its bytes are checked.
 
     Args:
         path (str | None): the file; None is not checked.
@@ -154,13 +155,17 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
 
     Raises:
         LaunchError: if it does not exist, or is a file of which mmengine would load nothing and only warn.
-        CheckpointError: if it cannot be read.
+        CheckpointError: if it cannot be read, or its bytes are not those that were written.
     """
-    if not path or _is_remote(path) or osp.isdir(path):
+    if not path or _is_remote(path):
+        return
+    if osp.isdir(path):
+        check_bytes(path)
         return
     _check_exists(path, argument, 'Another place: --cfg-options load_from=/path/to/checkpoint.pth; without one: --cfg-options '
                   'load_from=None' if argument == 'load_from' else '')
     content = read_checkpoint(path, map_location='meta', logger=None)
+    check_bytes(osp.expanduser(path))
     keys = list(content) if isinstance(content, dict) else []
     if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
         found = ', '.join(map(str, keys[:5])) or f'a {type(content).__name__}'

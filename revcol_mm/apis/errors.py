@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Errors that the user of a tool can remedy, and how they end a program."""
 import contextlib
+import errno
 import sys
 import traceback
 from typing import Iterator
@@ -25,6 +26,10 @@ def plain_errors() -> Iterator[None]:
         yield
     except (LaunchError, CheckpointError, FileNotFoundError) as error:
         sys.exit(f'error: {error}')
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f'error: the disk is full ({error}). Make room, and run the command again')
     except ModuleNotFoundError as error:
         package = (error.name or '').partition('.')[0]
         sys.exit(f'error: {error}: pip install {PACKAGES.get(package, package)}')

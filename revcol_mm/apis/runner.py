@@ -18,9 +18,11 @@ from .. import ops
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import kernels_of
 from ..checkpoint.safe import some
+from ..engine.workers import WorkersEndWithTraining
 from .checks import find_differences, place_of_backbones
 from .cpu import fit_to_cpu
 from .errors import LaunchError, build_errors
+from .saving import SafeSaving
 
 
 class CheckedLoading:
@@ -95,7 +97,8 @@ class CheckedLoading:
 
 
 def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | FlexibleRunner:
-    """mmengine's Runner, or the one that the config's ``runner_type`` names, with :class:`CheckedLoading`.
+    """mmengine's Runner, or the one that the config's ``runner_type`` names, with :class:`SafeSaving`,
+    :class:`WorkersEndWithTraining` and :class:`CheckedLoading`.
 
     Args:
         cfg (Config): the config.
@@ -116,7 +119,7 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
     with build_errors(cfg):
         if get_device() == 'cpu':
             fit_to_cpu(cfg)
-        runner = type(kind.__name__, (CheckedLoading, kind), {}).from_cfg(cfg)
+        runner = type(kind.__name__, (SafeSaving, WorkersEndWithTraining, CheckedLoading, kind), {}).from_cfg(cfg)
     runner.loads_whole_model = loads_whole_model
     runner.logger.info(ops.describe())
     return runner

@@ -4,12 +4,14 @@ import argparse
 from typing import Sequence
 
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
 from .checks import check_checkpoint, check_data, check_pretrained
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
+from .lock import lock_work_dir
+from .processes import name_lost_processes
 from .runner import build_runner, leave_process_group
+from .saving import list_checkpoints
 
 
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,13 +42,18 @@ def train(argv: Sequence[str] | None = None) -> None:
         _set_auto_scale_lr(cfg, args.config)
     _set_resume(cfg, args.resume)
     resume = cfg.get('resume', False)
-    start = cfg.get('load_from') or (find_latest_checkpoint(cfg.work_dir) if resume else None)
-    check_checkpoint(start, '--resume' if resume else 'load_from', resume)
+    check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from', resume)
     check_data(cfg, ('train', 'val'))
     check_pretrained(cfg, args.config)
-    runner = build_runner(cfg, loads_whole_model=bool(resume))
+    with lock_work_dir(cfg.work_dir, cfg.launcher):
+        _run(cfg, bool(resume))
+    leave_process_group()
+
+
+def _run(cfg: Config, resume: bool) -> None:
+    runner = build_runner(cfg, loads_whole_model=resume)
     try:
-        with build_errors(cfg, runner):
+        with build_errors(cfg, runner), name_lost_processes():
             runner.train()
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's
@@ -54,12 +61,10 @@ def train(argv: Sequence[str] | None = None) -> None:
         raise LaunchError('BatchNorm needs more than one value per channel, but got one (in UPerNet behind its 1×1 pooling), '
                           'so this model cannot train on one image at a time: raise train_dataloader.batch_size, or train on '
                           f'several GPUs with norm_cfg.type=SyncBN ({error})') from error
-    del runner
-    leave_process_group()
 
 
 def _set_resume(cfg: Config, resume: str | None) -> None:
-    if resume == 'auto' and find_latest_checkpoint(cfg.work_dir) is None:
+    if resume == 'auto' and not list_checkpoints(cfg):
         start = f'from the weights of {cfg.load_from}' if cfg.get('load_from') else 'from the beginning'
         print(f'--resume auto: there is no checkpoint in {cfg.work_dir}, so the training starts {start}')
     elif resume is not None:

@@ -164,11 +164,11 @@ def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_c
     train.train(arguments)
     assert not seen[0].resume and seen[0].load_from == 'start.pth'
     assert 'starts from the weights of start.pth' in capsys.readouterr().out
-    (tmp_path / 'w').mkdir()
+    (tmp_path / 'w').mkdir(exist_ok=True)
     torch.save(dict(state_dict={}, meta={}, optimizer={}, message_hub={}), tmp_path / 'w' / 'iter_2.pth')
     (tmp_path / 'w' / 'last_checkpoint').write_text('w/iter_2.pth')
     train.train(arguments)
-    assert seen[1].resume is True and seen[1].load_from is None  # mmengine's runner reads last_checkpoint itself
+    assert seen[1].resume is True and seen[1].load_from is None  # the runner finds it
 
 
 def test_a_tool_ends_with_one_sentence_and_status_1(workshop):
