@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
+from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 from mmengine.registry import STRATEGIES
 from torch import nn
@@ -73,6 +74,22 @@ class RevColFSDPStrategy(FSDPStrategy):
                 print_log(f'not loaded, because the model has other shapes: {", ".join(different)}', 'current', WARNING)
             state_dict = {key: value for key, value in state_dict.items() if key not in different}
         super().load_model_state_dict(state_dict, strict=strict, **kwargs)
+
+    def optim_state_dict(self) -> dict:
+        if get_device() != 'cpu':
+            return super().optim_state_dict()
+        # torch gathers all kinds of state (such as both moments of Adam) into the same memory, and copies it only from a GPU.
+        # On the CPU all kinds would have the values of the last one, so a call of its own gathers each kind.
+        own, whole = self.optim_wrapper.state_dict(), {}
+        kinds = sorted({kind for names in all_gather_object([kind for state in own['state'].values() for kind in state])
+                        for kind in names}) or [None]
+        for kind in kinds:
+            part = {key: {kind: state[kind]} for key, state in own['state'].items() if kind in state}
+            found = FSDP.optim_state_dict(self.model, self.optim_wrapper, dict(own, state=part))
+            for name, state in found.pop('state', {}).items():
+                whole.setdefault('state', {}).setdefault(name, {}).update(state)
+            whole.update(found)
+        return whole
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         # mmengine passes these by position, in an order that torch has changed.
