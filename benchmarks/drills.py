@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Kills trainings, many times and in several ways, and counts what they survive.
 
-    python benchmarks/drills.py                                # every kind, 20 kills each; half an hour on two cores
+    python benchmarks/drills.py                                # every kind, 20 kills each; about an hour on two cores
     python benchmarks/drills.py --kinds saving --kills 60
     python benchmarks/drills.py --kinds saving --mmengine      # mmengine's own runner, for comparison
 
@@ -44,7 +44,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from revcol_mm.apis.saving import find_newest_checkpoint  # noqa: E402
 from revcol_mm.apis.train import train  # noqa: E402
-from revcol_mm.checkpoint import CheckpointError  # noqa: E402
+from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_bytes  # noqa: E402
 from revcol_mm.models import RevCol  # noqa: E402
 
@@ -172,6 +172,7 @@ def last_iteration(work_dir: Path, mmengine: bool = False) -> int:
     if mmengine:
         try:
             path = (work_dir / 'last_checkpoint').read_text()
+            read_checkpoint(path, 'meta', logger='silent')
             check_bytes(path)
         except (OSError, CheckpointError):
             return -1
