@@ -117,8 +117,8 @@ class TestExact:
 
     @pytest.mark.parametrize('columns', [4, 16])
     def test_the_first_steps_of_a_training_from_scratch_on_padded_images(self, columns):
-        # Warm-up moves the zero biases by 1e-8, and some γ by one float32 number away from 0.5. Where the image is padded, LayerNorm
-        # then amplifies by up to 1000 what differs by one rounding.
+        # Warm-up moves the zero biases by 1e-8, and some γ to the float32 number next to 0.5. Where the image is padded,
+        # LayerNorm then amplifies by up to 1000 what differs by one rounding.
         net = build(dict(WIDER, num_columns=columns))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
