@@ -5,7 +5,7 @@ import os
 import os.path as osp
 import re
 import warnings
-from typing import Iterator, Mapping, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from mmengine.config import Config
@@ -177,22 +177,6 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     if resume and missing:
         raise LaunchError(f'a training can be resumed only from a checkpoint with meta and message_hub, but {path} has no '
                           f'{" and no ".join(missing)}. To start a training from its weights: --cfg-options load_from={path}')
-
-
-def find_differences(own: Mapping[str, torch.Size], weights: Mapping[str, torch.Tensor]) -> str:
-    """How the weights of a file differ from a model's, in words; '' if they fit. Counters of batches may be missing.
-
-    Args:
-        own (Mapping[str, torch.Size]): names and shapes of the model's weights.
-        weights (Mapping[str, Tensor]): those of the file.
-    """
-    missing = [key for key in own if key not in weights and not key.endswith('num_batches_tracked')]
-    surplus = [key for key in weights if key not in own]
-    different = [key for key in weights if key in own and weights[key].shape != own[key]]
-    shapes = [f'{key} {tuple(weights[key].shape)} instead of {tuple(own[key])}' for key in different]
-    found = '; '.join(f'{len(keys)} weights {word}: {some(keys)}' for keys, word in (
-        (missing, 'are missing'), (surplus, 'have no place in the model'), (shapes, 'have another shape')) if keys)
-    return found + '. Kernels grow by tools/pad_kernels.py' * any(key.endswith('.dwconv.weight') for key in different)
 
 
 def place_of_backbones(path: str) -> str:

@@ -27,9 +27,9 @@ from torch import nn
 
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.files import check_output, write_whole
-from ..checkpoint.loading import check_weights, find_meta, find_state_dict
+from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
 from ..checkpoint.safe import some
-from .checks import check_checkpoint, find_differences
+from .checks import check_checkpoint
 from .errors import PACKAGES, LaunchError, build_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -55,7 +55,7 @@ def load_weights(model: nn.Module, checkpoint: str) -> dict[str, Any]:
     check_checkpoint(checkpoint, 'the command line')
     contents = read_checkpoint(checkpoint, logger=None)
     weights, meta = find_state_dict(contents, checkpoint)[0], find_meta(contents, checkpoint)
-    differences = find_differences({key: value.shape for key, value in model.state_dict().items()}, weights)
+    differences = find_differences({key: value.shape for key, value in model.state_dict().items()}, weights, checkpoint)
     if differences:
         raise CheckpointError(f"{checkpoint} does not fit the config's {type(model).__name__}: {differences}")
     check_weights(weights, checkpoint)

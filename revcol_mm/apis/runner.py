@@ -16,10 +16,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from .. import ops
 from ..checkpoint import CheckpointError, read_checkpoint
-from ..checkpoint.kernels import kernels_of
+from ..checkpoint.kernels import compare_kernels
+from ..checkpoint.loading import find_differences
 from ..checkpoint.safe import some
 from ..engine.workers import WorkersEndWithTraining
-from .checks import find_differences, place_of_backbones
+from .checks import place_of_backbones
 from .cpu import fit_to_cpu
 from .errors import LaunchError, build_errors
 from .saving import SafeSaving
@@ -50,7 +51,7 @@ class CheckedLoading:
         except (CheckpointError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            differences = find_differences(*self._shapes_and_weights(filename)) or textwrap.shorten(str(error), 500)
+            differences = find_differences(*self._shapes_and_weights(filename), filename) or textwrap.shorten(str(error), 500)
             raise CheckpointError(f"{filename} does not fit the config's model: {differences}") from error
 
     def resume(self, filename: str, *args, **kwargs) -> None:
@@ -87,13 +88,10 @@ class CheckedLoading:
         if own and not any(key in own and value.shape == own[key] for key, value in weights.items()):
             raise CheckpointError(f"none of the weights of {filename} ({some(weights, 2)}) fits the config's model "
                                   f'({some(own, 2)}). {place_of_backbones(filename)}')
-        sizes = [(value.shape[-1], own[key][-1]) for key, value in kernels_of(weights).items()
-                 if key in own and value.dim() == 4 and value.shape != own[key] and value.shape[:2] == own[key][:2]]
-        size, wanted = sizes[0] if sizes else (0, 0)
-        padded = size < wanted and any(getattr(module, 'pad_pretrained', False) for module in self._model().modules())
-        if sizes and not padded:
-            remedy = f': python tools/pad_kernels.py {filename} --size {wanted}' if size < wanted else ''
-            raise CheckpointError(f'{filename} has kernels of {size}×{size}, but the model has {wanted}×{wanted}{remedy}')
+        pads = any(getattr(module, 'pad_pretrained', False) for module in self._model().modules())
+        kernels = compare_kernels(own, weights, filename, pads)
+        if kernels:
+            raise CheckpointError(f'{filename} has {kernels}')
 
 
 def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | FlexibleRunner:

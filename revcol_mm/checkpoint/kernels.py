@@ -38,6 +38,27 @@ def kernel_size_of(kernels: Mapping[str, Tensor], filename: str) -> int:
     return next(iter(by_size))
 
 
+def compare_kernels(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], filename: str, pads: bool = False) -> str:
+    """Returns how the kernels of a file differ in size from those of a model, and what to do; '' if they do not differ.
+
+    Args:
+        shapes (Mapping[str, torch.Size]): names and shapes of the model's weights.
+        weights (Mapping[str, Tensor]): weights of the file.
+        filename (str): name of the file, for the command that pads it.
+        pads (bool): whether the model pads smaller kernels itself (``pad_pretrained``). Default: False.
+    """
+    for key, kernel in kernels_of(weights).items():
+        if key not in shapes or kernel.dim() != 4 or kernel.shape[:2] != shapes[key][:2]:
+            continue
+        size, wanted = kernel.shape[-1], shapes[key][-1]
+        if size > wanted:
+            return f'kernels of {size}×{size}, but the model has {wanted}×{wanted}: build it with kernel_size={size}'
+        if size < wanted and not pads:
+            return (f'kernels of {size}×{size}, but the model has {wanted}×{wanted}: pad them, python tools/pad_kernels.py '
+                    f'{filename} --size {wanted}')
+    return ''
+
+
 def draw_border(channels: int, size: int, std: float, generator: torch.Generator | None) -> Tensor:
     """Draws (channels, 1, size, size) from N(0, std²), in float32 on the CPU, so that every kernel dtype gets the same."""
     return torch.zeros(channels, 1, size, size).normal_(0., std, generator=generator)

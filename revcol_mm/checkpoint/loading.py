@@ -8,7 +8,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .kernels import pad_on_load
+from .kernels import compare_kernels, pad_on_load
 from .safe import CheckpointError, read_checkpoint, some
 
 #: Buffer that marks a folded network (``RevCol.switch_to_deploy``) in its state dict.
@@ -101,7 +101,7 @@ def load_pretrained(module: nn.Module,
     contents = read_checkpoint(checkpoint, map_location)
     weights, wrapping = find_state_dict(contents, checkpoint)
     weights = strip_module(weights)
-    own = module.state_dict()
+    own = {key: value.shape for key, value in module.state_dict().items()}
     if prefix is None:
         prefix = find_prefix(weights, own)
     elif prefix and not prefix.endswith('.'):
@@ -118,15 +118,13 @@ def load_pretrained(module: nn.Module,
         raise CheckpointError(f'{checkpoint} holds a folded backbone (switch_to_deploy), but this {name} is not folded: give '
                               'the checkpoint that it was folded from' if FOLDED in inside else
                               f'this {name} is folded (switch_to_deploy), but {checkpoint} is not: load it first, then fold')
-    _check_shapes(found, own, checkpoint, name)
-    missing = [key for key in own if key not in found]
-    lacking = [key for key in missing if not re.match(r'norm\d+\.', key)]
-    surplus = [key for key in inside if key not in own and _family(key) in {_family(key) for key in own}]
-    if lacking or surplus:
-        sentences = [f'{len(lacking)} of {len(own)} weights of {name} are missing: {some(lacking)}'] if lacking else []
-        sentences += [f'{len(surplus)} weights have no place in it: {some(surplus)}'] if surplus else []
-        raise CheckpointError(f'{checkpoint} holds another backbone, or only a part of one: {"; ".join(sentences)}')
+    families = set(map(_family, own))
+    related = {key: value for key, value in inside.items() if _family(key) in families}  # not the heads beside it
+    differences = find_differences(own, {**related, **found}, checkpoint, r'norm\d+\.')
+    if differences:
+        raise CheckpointError(f'{checkpoint} does not fit {name}: {differences}')
 
+    missing = [key for key in own if key not in found]
     module.load_state_dict(found, strict=False)
     rest = Counter(key.split('.')[0] for key in weights if not (key.startswith(prefix) and key[len(prefix):] in found))
     others = [key for key in contents if key != wrapping] if wrapping else []
@@ -160,18 +158,24 @@ def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
         raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}')
 
 
-def _check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], filename: str, name: str) -> None:
-    different = [key for key, value in found.items() if value.shape != own[key].shape]
-    if not different:
-        return
-    kernels = [key for key in different if key.endswith('.dwconv.weight') and found[key].shape[:2] == own[key].shape[:2]]
-    if kernels == different:
-        here, there = own[kernels[0]].shape[-1], found[kernels[0]].shape[-1]
-        advice = (f'build the model with kernel_size={there}' if there > here else
-                  f'pad the kernels first: python tools/pad_kernels.py {filename} --size {here}')
-        raise CheckpointError(f'{filename} has depthwise kernels of {there}×{there}, but {name} of {here}×{here}: {advice}')
-    listed = some(f'{key} {tuple(found[key].shape)} instead of {tuple(own[key].shape)}' for key in different)
-    raise CheckpointError(f'{filename} does not fit {name}: {len(different)} weights have other shapes: {listed}')
+def find_differences(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], filename: str,
+                     optional: str = r'.*num_batches_tracked$') -> str:
+    """Returns how the weights of a file differ from those of a model, and what to do about kernels; '' if they fit.
+
+    Args:
+        shapes (Mapping[str, torch.Size]): names and shapes of the model's weights.
+        weights (Mapping[str, Tensor]): weights of the file, under the names of the model.
+        filename (str): name of the file, for the command that pads its kernels.
+        optional (str): pattern of the names that may be missing. Default: counters of batches.
+    """
+    missing = [key for key in shapes if key not in weights and not re.match(optional, key)]
+    surplus = [key for key in weights if key not in shapes]
+    different = [f'{key} {tuple(value.shape)} instead of {tuple(shapes[key])}' for key, value in weights.items()
+                 if key in shapes and value.shape != shapes[key]]
+    found = [f'{len(names)} weights {word}: {some(names)}' for names, word in (
+        (missing, 'are missing'), (surplus, 'have no place in the model'), (different, 'have another shape')) if names]
+    kernels = compare_kernels(shapes, weights, filename)
+    return '; '.join(found + [f'the file has {kernels}'] * bool(kernels))
 
 
 def _family(key: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.kernels import KERNEL, kernel_size_of, kernels_of
-from ..checkpoint.loading import FOLDED
+from ..checkpoint.loading import FOLDED, find_differences
 from ..checkpoint.safe import CheckpointError, some
 from ..models import RevCol
 
@@ -57,13 +57,10 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f'{filename} holds no RevCol that can be built (its names and shapes say {arch}, kernels of '
                               f'{kernel_size}×{kernel_size}): {error}') from None
-    complaints = {'missing': [key for key in expected if key not in own],
-                  'out of place': [key for key in own if key not in expected],
-                  'of another shape': [key for key in own if key in expected and own[key].shape != expected[key].shape]}
-    if any(complaints.values()):
-        raise CheckpointError(
-            f'{filename} holds an incomplete or inconsistent RevCol (its names and shapes say {arch}): ' + '; '.join(
-                f'{len(keys)} weights {word}: {some(keys)}' for word, keys in complaints.items() if keys))
+    differences = find_differences({key: value.shape for key, value in expected.items()}, own, filename)
+    if differences:
+        raise CheckpointError(f'{filename} holds an incomplete or inconsistent RevCol (its names and shapes say {arch}): '
+                              f'{differences}')
     named = [name for name, known in RevCol.ARCHS.items() if dict(dict(deep_to_shallow=False), **known) == arch]
     return Backbone(prefix, named[0] if named else arch, kernel_size, in_channels, frozenset(own))
 

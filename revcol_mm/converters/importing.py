@@ -7,9 +7,8 @@ from typing import Any, Mapping
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from torch import Tensor
 
-from ..checkpoint.loading import check_weights, find_meta, find_state_dict, strip_module
+from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict, strip_module
 from ..checkpoint.names import (
     LAST_CLASSIFIER,
     count_dtypes,
@@ -111,7 +110,10 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
             names = {old: new and new.replace(LAST_CLASSIFIER, 'head.cls.') for old, new in names.items()}
             dropped += [old for old, new in names.items() if new is not None and new not in single]
             converted = single
-        missing = _compare(converted, expected, filename, config)
+        differences = find_differences(expected, converted, filename)
+        if differences:
+            raise CheckpointError(f'{filename} does not fit {_name(config)}: {differences}')
+        missing = [key for key in expected if key not in converted]
 
     backbone = find_backbone(converted, filename)
     others = [key for key in checkpoint if key not in (wrapping, 'meta')] if wrapping else [
@@ -174,21 +176,6 @@ def model_shapes(config: str | Config) -> dict[str, torch.Size]:
 
 def _name(config: str | Config) -> str:
     return config if isinstance(config, str) else config.filename or 'the config'
-
-
-def _compare(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size], filename: str, config: Any) -> list[str]:
-    """Raises CheckpointError if strict loading would fail. Returns the missing counters of batches, which may be missing."""
-    counters = [key for key in expected if key not in weights and key.endswith('num_batches_tracked')]
-    missing = [key for key in expected if key not in weights and key not in counters]
-    surplus = [key for key in weights if key not in expected]
-    shapes = [f'{key} {tuple(weights[key].shape)} instead of {tuple(shape)}' for key, shape in expected.items()
-              if key in weights and weights[key].shape != shape]
-    if missing or surplus or shapes:
-        raise CheckpointError(f'{filename} does not fit {_name(config)}: ' + '; '.join(
-            f'{len(names)} {word}: {some(names)}' for names, word in (
-                (missing, 'missing in the file'), (surplus, 'unknown to the config'), (shapes, 'of another shape')) if names))
-    return counters
-
 
 
 def _by_part(names: list[str]) -> str:

@@ -312,17 +312,17 @@ def spoil(name, value):
 @pytest.mark.parametrize('change, sentence', [
     (remove('.level3.'), r'no blocks of the levels \[3\]'),
     (remove('subnet2.'), 'its columns must have the numbers 0, 1, … without gaps, but have 0, 1, 3'),
-    (remove('subnet1.alpha'), '4 weights missing: subnet1.alpha0'),
+    (remove('subnet1.alpha'), '4 weights are missing: subnet1.alpha0'),
     (spoil('subnet9.alpha0', torch.zeros(1)), 'its columns must have .*, but have 0, 1, 2, 3, 9'),
     (spoil('cls.classifier.1.bias', torch.zeros(1000, dtype=torch.int8)), r'cls.classifier.1.bias \(torch.int8\)'),
     (spoil('cls.classifier.1.bias', torch.zeros(1000).to_sparse()), 'cls.classifier.1.bias .*sparse_coo'),
     (spoil(7, torch.zeros(1)), 'names are not strings: 7'),
     (spoil('subnet1.level0.blocks.0.dwconv.weight', torch.zeros(4, 1, 5, 5)), 'kernels of mixed sizes'),
     (spoil('subnet1.alpha1', torch.full((1, 8, 1, 1), float('nan'))), 'NaN or infinite values: subnet1.alpha1'),
-    (spoil('subnet1.alpha1', torch.zeros(1, 9, 1, 1)), '1 weights of another shape: subnet1.alpha1'),
+    (spoil('subnet1.alpha1', torch.zeros(1, 9, 1, 1)), '1 weights have another shape: subnet1.alpha1'),
     (spoil('extra.weight', torch.zeros(1)), 'of no known kind: .* the file holds extra.weight'),
     (remove('subnet'), 'holds no RevCol'),
-    (remove('cls.classifier.1.bias'), 'does not fit .*: 1 missing in the file: head.cls.classifier.1.bias'),
+    (remove('cls.classifier.1.bias'), 'does not fit .*: 1 weights are missing: head.cls.classifier.1.bias'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_spoilt_files_are_refused_by_name(tmp_path, change, sentence):
     weights = official('tiny')
@@ -338,12 +338,12 @@ def test_spoilt_files_are_refused_by_name(tmp_path, change, sentence):
 def test_a_config_that_does_not_fit_is_refused_with_the_names(tmp_path):
     plain = classifier_config(tmp_path, 'revcol_t_in1k_no_supervision', single=True)
     for weights, sentence in (
-            (official('small'), 'unknown to the config: backbone.subnet4.alpha0'),
+            (official('small'), 'have no place in the model: backbone.subnet4.alpha0'),
             (official('tiny', kernel_size=7), r'level0.blocks.0.dwconv.weight \(4, 1, 7, 7\) instead of \(4, 1, 3, 3\)'),
             (official('tiny', num_classes=10), r'head.cls.classifier.1.weight \(10, 32\) instead of \(1000, 32\)')):
         with pytest.raises(SystemExit, match=sentence):
             import_main([save(dict(model=weights), tmp_path / 'released.pth'), '--config', plain])
-    with pytest.raises(SystemExit, match='missing in the file: neck.lateral_convs'):
+    with pytest.raises(SystemExit, match='weights are missing: neck.lateral_convs'):
         import_main([save(dict(model=official('tiny', heads=None)), tmp_path / 'r.pth'), '--config', detector_config(tmp_path)])
 
 
@@ -366,7 +366,7 @@ def test_a_config_that_is_none_gets_a_sentence(tmp_path, text, sentence):
 def test_our_configs_go_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(dict(model=official('tiny')), tmp_path / 'r.pth')
-    with pytest.raises(SystemExit, match='r.pth does not fit .*revcol_t_in1k_no_supervision.py: .* of another shape: '):
+    with pytest.raises(SystemExit, match='r.pth does not fit .*revcol_t_in1k_no_supervision.py: .* have another shape: '):
         import_main([path, '--config', 'revcol_t_in1k_no_supervision'])
 
 

@@ -500,7 +500,7 @@ BAD_FILES = [
     (saving(lambda weights: {'conv.weight': torch.ones(1)}), 'holds no RevCol'), (saving(mixed), 'kernels of mixed sizes'),
     (saving(not_finite), 'NaN or infinite values: subnet1.level2.blocks.0.pwconv1.weight'),
     (saving(without_a_level), r'no blocks of the levels \[2\]'),
-    (saving(without_a_weight), '1 weights missing: subnet1.level3.fusion.down.0.bias'), (saving(of_integers), 'torch.int8'),
+    (saving(without_a_weight), '1 weights are missing: subnet1.level3.fusion.down.0.bias'), (saving(of_integers), 'torch.int8'),
     (saving(with_bad_averages), 'state_dict_ema.*: 1 weights hold NaN or infinite values: stem.0.bias'),
     (saving(with_wide_averages), 'has 5 channels in one place and 4 in another'),
     (saving(with_a_far_column), 'its columns must have .*, but have 0, 1, 999999'),
