@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What training needs besides the model: the optimizer constructor with layer-wise decay, the drift hook, and sharding."""
-from .hooks import ReversibleDriftHook
-from .optimizers import LayerDecayOptimWrapperConstructor
-from .strategies import RevColFSDPStrategy, column_network_wrap_policy
+from .hooks.drift import ReversibleDriftHook
+from .optimizers.layer_decay import LayerDecayOptimWrapperConstructor
+from .strategies.fsdp import RevColFSDPStrategy, column_network_wrap_policy
 
 __all__ = ['LayerDecayOptimWrapperConstructor', 'RevColFSDPStrategy', 'ReversibleDriftHook', 'column_network_wrap_policy']

@@ -1,4 +1,2 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-from .drift import ReversibleDriftHook
-
-__all__ = ['ReversibleDriftHook']
+"""Training hooks; :mod:`revcol_mm.engine` imports them."""
