@@ -15,6 +15,16 @@ class LayerNorm2d(nn.LayerNorm):
         return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W), channels-last in memory
 
 
+def linear_norm(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Returns Linear and LayerNorm for features whose last dimension is the channels."""
+    return nn.Sequential(nn.Linear(in_channels, out_channels), nn.LayerNorm(out_channels, eps=1e-6))
+
+
+def patch_norm(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
+    """Returns a convolution of patches of size × size that do not overlap, and LayerNorm over the channels."""
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, size, stride=size), LayerNorm2d(out_channels, eps=1e-6))
+
+
 class ConvNeXtBlock(nn.Module):
     """Depthwise k×k convolution, LayerNorm, Linear C→4C, GELU, Linear 4C→C, LayerScale, DropPath, residual.
 

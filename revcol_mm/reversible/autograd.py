@@ -4,8 +4,7 @@
 Every column is one node of autograd's graph, and the end of the stack is another one::
 
     forward:   column 0, column 1, …, column n-1, end       each column leaves its stream to the next one (ForwardState)
-    backward:  end, column n-1, …, column 1, column 0       each node leaves the rebuilt stream to the column before
-    (BackwardState)
+    backward:  end, column n-1, …, column 1, column 0       each leaves the rebuilt stream to the next (BackwardState)
 
 The order of the backward pass is certain, because every column reads the features of the column before it, and the end reads
 the last column. Between the two passes only the stem's output, the stream of the last column and a few anchors are kept.
@@ -33,7 +32,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .column import MIN_GAMMA, ReversibleColumn, couple, keep_invertible, level_inputs, uncouple
-from .drift import DriftMonitor, deviation
+from .drift import DriftMonitor, compare_features
 
 #: dtype of the stream and of its gradient.
 STREAM_DTYPE = torch.float64
@@ -104,13 +103,13 @@ class BackwardState:
         y: the stream rounded to the dtype of the features: what the column returned in the forward pass.
         grad_stream: for each level, the gradient of the stream that came through the shortcuts, in float64, or None. What came
             through F is not in it: autograd hands that on.
-        deviations: results of :func:`~.drift.deviation` so far.
+        comparisons: results of :func:`~.drift.compare_features` so far.
     """
     x: Tensor
     y_stream: list[Tensor]
     y: list[Tensor]
     grad_stream: list[Tensor | None]
-    deviations: list[Tensor]
+    comparisons: list[Tensor]
 
 
 class ReversibleCall:
@@ -198,14 +197,15 @@ class _Column(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         p, gammas, parameters = _split(column, names, tensors)
         state = call.forward_state
-        ctx.call, ctx.column, ctx.names, ctx.index = call, column, names, state.num_columns
+        # The frozen columns before are not part of this call, and do not count.
+        ctx.call, ctx.column, ctx.names, ctx.trained_index = call, column, names, state.num_columns
         p_stream = state.stream or [feature.to(STREAM_DTYPE) for feature in p]
         ctx.p_dtypes = [feature.dtype for feature in p]
         # Where p needs no gradient (a frozen column), this node is the last of the backward pass, and compares with p itself.
         frozen = bool(p) and not any(ctx.needs_input_grad[4:4 + len(p)])
-        ctx.is_last = frozen or ctx.index == 0
+        ctx.ends_pass = frozen or ctx.trained_index == 0
         # An anchor is the float64 stream, because the column before cannot be rebuilt from the rounded stream.
-        anchor = p if frozen else p_stream if ctx.index - 1 in call.anchors else ()
+        anchor = p if frozen else p_stream if ctx.trained_index - 1 in call.anchors else ()
         y: list[Tensor] = []
         y_stream: list[Tensor] = []
         ctx.random: list[_RandomState | None] = []
@@ -221,7 +221,7 @@ class _Column(torch.autograd.Function):
                 f = couple(f, keep_invertible(gammas[level]), p_stream[level])
             y.append(f.to(dtype) if column.first else round_stream(f, dtype))
             y_stream.append(f.to(STREAM_DTYPE))
-        call.forward_state = ForwardState(ctx.index + 1, y_stream, [feature.dtype for feature in y])
+        call.forward_state = ForwardState(ctx.trained_index + 1, y_stream, [feature.dtype for feature in y])
         ctx.save_for_backward(*gammas, *(parameter for level in parameters for parameter in level), *anchor)
         return tuple(y)
 
@@ -238,6 +238,11 @@ class _Column(torch.autograd.Function):
 
 class _ColumnBackward:
     """The backward pass of one column: for each level, the last one first, it rebuilds p[l] and differentiates F[l].
+
+    The gradient of p[l] has two parts, which go different ways to the column before. The part through the shortcut, γ[l] times
+    the gradient of y[l], is added up along all columns, so it stays in float64 and goes through :class:`BackwardState`. The
+    part through the F that read p[l] has the dtype of the features, and autograd hands it on. :meth:`run_level` of the column
+    before adds the two.
 
     Attributes:
         p, p_stream: features and stream of the column before. At an anchor they are known from the start, elsewhere for the
@@ -295,13 +300,13 @@ class _ColumnBackward:
 
     def _rebuild(self, level: int, f: Tensor, gamma: Tensor | None) -> None:
         """Rebuilds p[l] from y[l] and F[l]. In the first column and at an anchor, it compares with known features."""
-        y_stream, deviations = self.state.y_stream[level], self.state.deviations
+        y_stream, comparisons = self.state.y_stream[level], self.state.comparisons
         if gamma is None:
-            deviations.append(deviation(y_stream, f))
+            comparisons.append(compare_features(y_stream, f))
             return
         rebuilt = uncouple(y_stream, f, gamma)
         if self.anchor:
-            deviations.append(deviation(rebuilt, self.anchor[level]))
+            comparisons.append(compare_features(rebuilt, self.anchor[level]))
             rebuilt = self.anchor[level].to(STREAM_DTYPE)
         else:
             self.p[level] = round_stream(rebuilt, self.ctx.p_dtypes[level])
@@ -328,15 +333,15 @@ class _ColumnBackward:
     def finish(self) -> tuple[Tensor | None, ...]:
         """Leaves the state to the column before, or ends the pass. Returns the gradients of x, p, γ and the parameters."""
         state, call, grad_p = self.state, self.call, self.grad_p
-        if self.ctx.index == 0:  # p came from outside of this pass, where there is no stream
+        if self.ctx.trained_index == 0:  # p came from outside of this pass, where there is no stream
             totals = map(_add, self.grad_shortcut, grad_p)
             grad_p = [total if total is None else total.to(dtype) for total, dtype in zip(totals, self.ctx.p_dtypes)]
         grads = (self.grad_x, *grad_p, *self.grad_gamma, *(grad for level in self.grad_parameters for grad in level))
-        if not self.ctx.is_last:
-            call.backward_state = BackwardState(state.x, self.p_stream, self.p, self.grad_shortcut, state.deviations)
+        if not self.ctx.ends_pass:
+            call.backward_state = BackwardState(state.x, self.p_stream, self.p, self.grad_shortcut, state.comparisons)
         else:
             call.backward_state = None
-            if not call.monitor.judge(state.deviations, state.y[0].dtype):  # a loss scaler must skip this step
+            if not call.monitor.judge(state.comparisons, state.y[0].dtype):  # a loss scaler must skip this step
                 return tuple(None if grad is None else torch.full_like(grad, math.nan) for grad in grads)
         return grads
 
@@ -358,8 +363,8 @@ class _End(torch.autograd.Function):
         x, *stream = ctx.saved_tensors
         features = [round_stream(level, dtype) for level, dtype in zip(stream, ctx.dtypes)]
         # Compared with itself, a feature that is not finite is found: what overflows in any column reaches the last one.
-        deviations = [deviation(feature, feature) for feature in features]
-        ctx.call.backward_state = BackwardState(x, stream, features, [None] * len(stream), deviations)
+        comparisons = [compare_features(feature, feature) for feature in features]
+        ctx.call.backward_state = BackwardState(x, stream, features, [None] * len(stream), comparisons)
         return (None, None, *grads)
 
 

@@ -6,8 +6,10 @@ A column turns the features p of the column before it into its own features y, l
     forward:  y[l] = F[l](y[l-1], p[j] for j in above[l]) + γ[l]·p[l]        l = 0 … L-1,   y[-1] = x, the stem's output
     inverse:  p[l] = (y[l] − F[l](y[l-1], p[j] for j in above[l])) / γ[l]    l = L-1 … 0,   every j in above[l] is > l
 
-This is equation 3 where a level reads one level of the column before it, and equation 2 where level 0 of RevCol-H reads two.
-The first three functions are the two lines above as code. Training with and without stored activations and inference call them.
+Equation 2 is the general form, in which F[l] reads any higher levels of the column before it; level 0 of RevCol-H reads two.
+Equation 3 is the form of all other levels, which read one: above[l] = (l + 1, ). The last level reads none. The functions
+:func:`level_inputs`, :func:`couple` and :func:`uncouple` are these equations as code. Inference and training, with and without
+stored activations, call them.
 """
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -60,10 +62,9 @@ def run_levels(column: nn.Module, gammas: Iterable[Tensor | None], x: Tensor, p:
 class ReversibleColumn(nn.Module):
     """A column: L levels F[l], the γ[l] of their shortcuts, and which levels of the column before each F[l] reads.
 
-    Any module can be a level: ``F[l](below, *above, **context)`` gets y[l-1] (the stem's output for l = 0), the features that
-    ``above[l]`` names, and what the call hands to every level (an attention mask, for example), and returns a tensor of the
-    shape of p[l]. Submodules and parameters have the names of the released checkpoints: ``level{l}``, and ``alpha{l}`` for
-    γ[l].
+    Any module can be a level: ``F[l](below, *p, **context)`` gets y[l-1] (the stem's output for l = 0), p[j] for each j in
+    ``above[l]``, and what every level gets (an attention mask, for example), and returns a tensor of the shape of p[l].
+    Submodules and parameters have the names of the released checkpoints: ``level{l}``, and ``alpha{l}`` for γ[l].
 
     Args:
         levels (Sequence[nn.Module]): the L modules F[l].
@@ -81,14 +82,14 @@ class ReversibleColumn(nn.Module):
     def __init__(self, levels: Sequence[nn.Module], gamma_shapes: Sequence[Sequence[int]],
                  above: Sequence[Sequence[int]], first: bool = False, gamma_init: float = 0.5) -> None:
         super().__init__()
-        for level, sources in enumerate(above):
-            if any(j <= level for j in sources):
+        for level, higher in enumerate(above):
+            if any(j <= level for j in higher):
                 raise ValueError(f'above[{level}] must hold levels higher than {level} only, or the column cannot be inverted, '
-                                 f'but got {sources}')
+                                 f'but got {higher}')
         self.first = first
         self.num_levels = len(levels)
         self.gamma_shapes = tuple(map(tuple, gamma_shapes))
-        self.above = tuple(() if first else tuple(sources) for sources in above)
+        self.above = tuple(() if first else tuple(higher) for higher in above)
         for index, shape in enumerate(gamma_shapes):
             gamma = torch.full(shape, float(gamma_init))
             self.register_parameter(f'alpha{index}', nn.Parameter(gamma, requires_grad=not first))
@@ -111,9 +112,10 @@ class ReversibleColumn(nn.Module):
         Args:
             x (Tensor): the stem's output.
             p (Sequence[Tensor] | None): features of the column before; None in the first column.
-            call (ReversibleCall | None): the reversible pass that this call belongs to, which carries a context of its own
-                (see :func:`~revcol_mm.reversible.run_reversibly`). Default: None, plain autograd.
-            context (Mapping | None): keyword arguments of every level. Default: None.
+            call (ReversibleCall | None): the reversible pass that this call belongs to. It holds the context of all its
+                columns, so ``context`` is not used then (see :func:`~revcol_mm.reversible.run_reversibly`). Default: None,
+                plain autograd.
+            context (Mapping | None): keyword arguments of every level, with plain autograd. Default: None.
         """
         if call is not None:
             return call.run_column(self, x, p)

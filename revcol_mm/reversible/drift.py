@@ -23,9 +23,10 @@ class DriftMonitor:
     """Reads the drift of each backward pass, and acts when it is too large.
 
     Args:
-        threshold (float | None): largest accepted drift, relative to the largest feature of the level. Default: None, the
-            value of :data:`DRIFT_THRESHOLD` for the features' dtype.
-        action (str): 'raise' raises a :class:`ReversibilityError` before any optimizer step, 'warn' warns. Default: 'raise'.
+        threshold (float | None): largest accepted drift, relative to the largest feature of the level; ``drift_threshold`` of a
+            backbone. Default: None, the value of :data:`DRIFT_THRESHOLD` for the features' dtype.
+        action (str): 'raise' raises a :class:`ReversibilityError` before any optimizer step, 'warn' warns; ``on_drift`` of a
+            backbone. Default: 'raise'.
 
     Attributes:
         drift (float): largest relative drift of the last backward pass; nan before the first one, and where the features were
@@ -46,14 +47,14 @@ class DriftMonitor:
         self.drift = math.nan
         self.measured = self._warned = False
 
-    def judge(self, deviations: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    def judge(self, comparisons: Sequence[Tensor], dtype: torch.dtype) -> bool:
         """Sets :attr:`drift`, and raises or warns if it is above the threshold.
 
         Features that were not finite in the forward pass cannot be rebuilt, and say nothing about the drift. They are left to
         the loss scaler, which skips the step because its gradients are not finite; without one, a warning tells the user, once.
 
         Args:
-            deviations (Sequence[Tensor]): one result of :func:`deviation` for every comparison of this backward pass.
+            comparisons (Sequence[Tensor]): the results of :func:`compare_features` in this backward pass.
             dtype (torch.dtype): dtype of the features.
 
         Returns:
@@ -63,27 +64,27 @@ class DriftMonitor:
             ReversibilityError: if the drift is above the threshold and the action is 'raise'.
         """
         threshold = self.threshold or DRIFT_THRESHOLD[dtype]
-        errors, scales = torch.stack(tuple(deviations)).unbind(1)
+        errors, scales = torch.stack(tuple(comparisons)).unbind(1)
         relative = (errors / scales.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(math.inf)
         finite, drift = torch.stack([scales.isfinite().all().to(relative.dtype), relative.max()]).tolist()  # one transfer
         self.drift, self.measured = drift if finite else math.nan, True
         if not finite and not self._warned:
             self._warned = True
-            warnings.warn('the features are not finite. With a loss scaler (mixed precision in float16) this step is skipped, '
-                          'and the training goes on; without one, the training has diverged', RuntimeWarning, stacklevel=2)
+            warnings.warn('the features are not finite. With a loss scaler (float16) this step is skipped, and training goes '
+                          'on. Without one the training has diverged: lower the learning rate', RuntimeWarning, stacklevel=2)
         if finite and drift > threshold:
             message = (f'the features rebuilt in the backward pass differ from those of the forward pass by {drift:.2g} of '
-                       f'their largest value (threshold {threshold:.2g}), so the gradients of this step are wrong. Usual '
-                       'causes: an F that is not deterministic, another thread that draws random numbers, parameters changed '
-                       'between forward and backward, or features that grow without bound. Train with reversible=False, '
-                       'with_cp=True to compare.')
+                       f'their largest value, but at most drift_threshold={threshold:.2g} is allowed, so the gradients of '
+                       'this step are wrong. Usual causes: an F that is not deterministic, another thread that draws random '
+                       'numbers, parameters changed between forward and backward, or features that grow without bound. Train '
+                       "with reversible=False, with_cp=True to compare. on_drift='warn' only warns.")
             if self.action == 'raise':
                 raise ReversibilityError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return bool(finite)
 
 
-def deviation(rebuilt: Tensor, reference: Tensor) -> Tensor:
+def compare_features(rebuilt: Tensor, reference: Tensor) -> Tensor:
     """Returns (largest difference, largest |reference|) as float32 of shape (2, ), on the device of the features."""
     if not reference.numel():  # an empty batch
         return torch.zeros(2, device=reference.device)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...checkpoint import load_pretrained
 from ...reversible import DriftMonitor, ReversibleColumn, contiguous, run_reversibly
+from ..layers import linear_norm
 
 
 class Level(nn.Module):
@@ -25,8 +26,8 @@ class Level(nn.Module):
         self.fusion = fusion
         self.blocks = nn.Sequential(*blocks)
 
-    def forward(self, below: Tensor, *above: Tensor, **context: Any) -> Tensor:
-        x = self.fusion(below, *above)
+    def forward(self, below: Tensor, *p: Tensor, **context: Any) -> Tensor:
+        x = self.fusion(below, *p)
         for block in self.blocks:
             x = block(x, **context)
         return x
@@ -38,8 +39,8 @@ class Column(ReversibleColumn):
     Args:
         depths (Sequence[int]): number of blocks of each level.
         gamma_shapes (Sequence[tuple[int]]): shape of each γ[l], broadcastable to the features of level l.
-        fusion (Callable): ``fusion(level, sources)`` builds the fusion of a level. This module is called with y[l-1] (the
-            stem's output at level 0) and one feature of the column before for each level in ``sources``, which is empty in the
+        fusion (Callable): ``fusion(level, above)`` builds the fusion of a level. This module is called with y[l-1] (the
+            stem's output at level 0) and with p[j] of the column before for each level j in ``above``, which is empty in the
             first column.
         block (Callable): ``block(level, index)`` builds a block; ``index`` counts all blocks of the column, from 0.
         first (bool): whether this is the first column.
@@ -66,22 +67,18 @@ class TokenFusion(nn.Module):
     Args:
         channels (int): C of all levels.
         level (int): l. At level 0 the downward path is the identity on x.
-        sources (Sequence[int]): the level of the column before that is read; empty in the first column and at the last level.
+        above (Sequence[int]): the level of the column before that is read; empty in the first column and at the last level.
     """
 
-    def __init__(self, channels: int, level: int, sources: Sequence[int]) -> None:
+    def __init__(self, channels: int, level: int, above: Sequence[int]) -> None:
         super().__init__()
-        self.down = self._path(channels) if level else nn.Identity()
-        if sources:
-            self.up = self._path(channels)
+        self.down = linear_norm(channels, channels) if level else nn.Identity()
+        if above:
+            self.up = linear_norm(channels, channels)
 
-    @staticmethod
-    def _path(channels: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels, eps=1e-6))
-
-    def forward(self, below: Tensor, *above: Tensor) -> Tensor:
+    def forward(self, below: Tensor, *p: Tensor) -> Tensor:
         x = self.down(below)
-        return x + self.up(*above) if above else x
+        return x + self.up(*p) if p else x
 
 
 class ColumnStack(BaseModule):
@@ -154,6 +151,12 @@ class ColumnStack(BaseModule):
         """Adds ``build(first)`` for every column, as ``subnet{i}``."""
         for index in range(self.num_columns):
             self.add_module(f'subnet{index}', build(index == 0))
+
+    def check_images(self, x: Tensor, least: int) -> None:
+        """Raises ValueError unless x has the shape (N, in_channels, H, W), with H and W of at least ``least`` pixels."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < least:
+            raise ValueError(f'the input of {type(self).__name__} must have the shape (N, {self.in_channels}, H, W), with H '
+                             f'and W of at least {least} pixels, but got {tuple(x.shape)}')
 
     def drop_path_rates(self, drop_path_rate: float) -> list[float]:
         """DropPath rate of each block of a column. It rises linearly over the column, and is the same in every column."""

@@ -52,19 +52,19 @@ class ConvFusion(nn.Module):
     Args:
         channels (Sequence[int]): C0 … C3.
         level (int): l. At level 0 the downward path is the identity on x.
-        sources (Sequence[int]): the level of the column before that is read; empty in the first column and at the last level.
+        above (Sequence[int]): the level of the column before that is read; empty in the first column and at the last level.
         **conv: ``norm_cfg`` and ``act_cfg`` of :class:`mmcv.cnn.ConvModule`.
     """
 
-    def __init__(self, channels: Sequence[int], level: int, sources: Sequence[int], **conv) -> None:
+    def __init__(self, channels: Sequence[int], level: int, above: Sequence[int], **conv) -> None:
         super().__init__()
         self.down = ConvModule(channels[level - 1], channels[level], 2, stride=2, **conv) if level else nn.Identity()
-        if sources:
-            self.up = ConvModule(channels[sources[0]], channels[level], 1, **conv)
+        if above:
+            self.up = ConvModule(channels[above[0]], channels[level], 1, **conv)
 
-    def forward(self, below: Tensor, *above: Tensor) -> Tensor:
+    def forward(self, below: Tensor, *p: Tensor) -> Tensor:
         x = self.down(below)
-        return x + F.interpolate(self.up(*above), size=x.shape[-2:], mode='nearest') if above else x
+        return x + F.interpolate(self.up(*p), size=x.shape[-2:], mode='nearest') if p else x
 
 
 @MODELS.register_module()
@@ -85,8 +85,8 @@ class RevColC2f(ColumnStack):
         norm_cfg (dict): norm of every convolution. Default: BatchNorm with YOLO's momentum 0.03 and eps 1e-3.
         act_cfg (dict): activation of every convolution. Default: SiLU.
         norm_eval (bool): whether to keep BatchNorm in eval mode, which freezes its running statistics. Default: False.
-        frozen_stages (int), reversible (bool), drift_threshold (float | None), on_drift (str), with_cp (bool),
-            init_cfg (dict | None): as in :class:`~revcol_mm.models.RevCol`, with its defaults. With ``with_cp``,
+        **kwargs: ``frozen_stages``, ``reversible``, ``drift_threshold``, ``on_drift``, ``with_cp`` and ``init_cfg``, as in
+            :class:`~revcol_mm.models.RevCol`, with its defaults. With ``with_cp``,
             :mod:`torch.utils.checkpoint` updates the running statistics twice per step.
 
     Raises:
@@ -98,12 +98,9 @@ class RevColC2f(ColumnStack):
 
     def __init__(self, arch: str | dict = 'nano', in_channels: int = 3, out_indices: Sequence[int] = (0, 1, 2, 3),
                  norm_cfg: dict = dict(type='BN', momentum=0.03, eps=0.001),
-                 act_cfg: dict = dict(type='SiLU', inplace=False), norm_eval: bool = False, frozen_stages: int = -1,
-                 reversible: bool = False, drift_threshold: float | None = None, on_drift: str = 'raise',
-                 with_cp: bool = False, init_cfg: dict | None = None) -> None:
+                 act_cfg: dict = dict(type='SiLU', inplace=False), norm_eval: bool = False, **kwargs) -> None:
         arch = self.read_arch(arch)
-        super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
-                         with_cp, init_cfg)
+        super().__init__(arch['depths'], arch['num_columns'], out_indices, **kwargs)
         self.channels, self.in_channels, self.norm_eval = arch['channels'], in_channels, norm_eval
         if any(width % 2 for width in self.channels):
             raise ValueError("arch['channels'] must be even numbers, because C2f splits the channels into two halves, but got "
@@ -112,7 +109,7 @@ class RevColC2f(ColumnStack):
         self.stem = ConvModule(in_channels, self.channels[0], 4, stride=4, **conv)
         self.add_columns(lambda first: Column(
             self.depths, [(1, width, 1, 1) for width in self.channels], first=first,
-            fusion=lambda level, sources: ConvFusion(self.channels, level, sources, **conv),
+            fusion=lambda level, above: ConvFusion(self.channels, level, above, **conv),
             block=lambda level, index: C2fBlock(self.channels[level], **conv)))
         self.freeze_stages()
 
@@ -133,7 +130,5 @@ class RevColC2f(ColumnStack):
         Returns:
             tuple[Tensor]: for each l in ``out_indices``, (N, C[l], H/4/2^l, W/4/2^l) rounded down, contiguous.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < 32:
-            raise ValueError(f'the input of RevColC2f must have the shape (N, {self.in_channels}, H, W) with H and W of at '
-                             f'least 32 pixels, but got {tuple(x.shape)}')
+        self.check_images(x, least=32)
         return self.run_columns(self.stem(x))

@@ -1,5 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Folding a network of columns for inference: layers that only training needs are multiplied into other weights."""
+"""Folding a network of columns for inference: layers that only training needs are multiplied into other weights.
+
+OpenMMLab's name for it is in ``switch_to_deploy`` and ``--deploy``; everywhere else the network is called folded.
+"""
 from typing import Any, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -25,9 +28,7 @@ class InferenceColumn(nn.Module):
                 self.register_buffer(f'alpha{index}', keep_invertible(column.gammas[index].detach()).clone())
         self.eval()
 
-    @property
-    def levels(self) -> list:
-        return [self._modules[f'level{index}'] for index in range(self.num_levels)]
+    levels = ReversibleColumn.levels
 
     def forward(self, x: Tensor, p: Sequence[Tensor] | None, context: Mapping[str, Any] | None = None
                 ) -> tuple[Tensor, ...]:

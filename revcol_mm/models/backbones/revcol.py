@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.kernels import pad_on_load
 from ...checkpoint.loading import FOLDED
-from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights
+from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights, linear_norm, patch_norm
 from .base import Column, ColumnStack
 from .deploy import InferenceColumn, check_folding
 
@@ -20,8 +20,7 @@ class UpPath(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.channel_reschedule = nn.Sequential(
-            nn.Linear(in_channels, out_channels), nn.LayerNorm(out_channels, eps=1e-6))
+        self.channel_reschedule = linear_norm(in_channels, out_channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         x = self.channel_reschedule(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -39,19 +38,14 @@ class Fusion(nn.Module):
 
     def __init__(self, channels: Sequence[int], level: int, above: Sequence[int]) -> None:
         super().__init__()
-        if level:
-            self.down = nn.Sequential(
-                nn.Conv2d(channels[level - 1], channels[level], kernel_size=2, stride=2),
-                LayerNorm2d(channels[level], eps=1e-6))
-        else:
-            self.down = nn.Identity()
-        for name, source in zip(('up', 'up2'), above):
-            self.add_module(name, UpPath(channels[source], channels[level]))
+        self.down = patch_norm(channels[level - 1], channels[level], 2) if level else nn.Identity()
+        for name, higher in zip(('up', 'up2'), above):
+            self.add_module(name, UpPath(channels[higher], channels[level]))
 
-    def forward(self, below: Tensor, *above: Tensor) -> Tensor:
+    def forward(self, below: Tensor, *p: Tensor) -> Tensor:
         x = self.down(below)
-        for name, source in zip(('up', 'up2'), above):
-            x = x + self._modules[name](source, x.shape[-2:])
+        for name, feature in zip(('up', 'up2'), p):
+            x = x + self._modules[name](feature, x.shape[-2:])
         return x
 
 
@@ -119,12 +113,11 @@ class RevCol(ColumnStack):
             raise ValueError(f'kernel_size must be an odd positive integer, but got {kernel_size!r}')
         self.channels, self.kernel_size, self.in_channels = arch['channels'], kernel_size, in_channels
 
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, self.channels[0], kernel_size=4, stride=4), LayerNorm2d(self.channels[0], eps=1e-6))
+        self.stem = patch_norm(in_channels, self.channels[0], 4)
         rates = self.drop_path_rates(drop_path_rate)
         self.add_columns(lambda first: Column(
             self.depths, [(1, width, 1, 1) for width in self.channels], first=first,
-            fusion=lambda level, sources: Fusion(self.channels, level, sources),
+            fusion=lambda level, above: Fusion(self.channels, level, above),
             block=lambda level, index: ConvNeXtBlock(self.channels[level], kernel_size, rates[index], layer_scale_init_value),
             above=[(1, 3) if arch['deep_to_shallow'] else (1, ), (2, ), (3, ), ()]))
         if out_norm_cfg is not None:
@@ -201,9 +194,7 @@ class RevCol(ColumnStack):
         return super().train(mode)
 
     def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < 32:
-            raise ValueError(f'the input of RevCol must have the shape (N, {self.in_channels}, H, W) with H and W of at '
-                             f'least 32 pixels, but got {tuple(x.shape)}')
+        self.check_images(x, least=32)
         weight = getattr(self.columns[0].levels[1].fusion.down[0], 'weight', None)  # FSDP flattens or moves it
         if weight is not None and weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(
                 memory_format=torch.channels_last):

@@ -61,8 +61,8 @@ class RevColTransformerEncoder(ColumnStack):
         norm_first (bool): whether layers are pre-norm, instead of post-norm as in the original Transformer. Default: False.
         vocab_size (int | None): number of different tokens. Default: None, the input must be embeddings.
         batch_first (bool): whether sequences are (N, T) or (N, T, d), instead of (T, N) or (T, N, d). Default: True.
-        frozen_stages (int), reversible (bool), drift_threshold (float | None), on_drift (str), with_cp (bool),
-            init_cfg (dict | None): as in :class:`~revcol_mm.models.RevCol`, with its defaults.
+        **kwargs: ``frozen_stages``, ``reversible``, ``drift_threshold``, ``on_drift``, ``with_cp`` and ``init_cfg``, as in
+            :class:`~revcol_mm.models.RevCol`, with its defaults.
 
     Raises:
         ValueError: if an argument has another value. The message names both.
@@ -70,22 +70,19 @@ class RevColTransformerEncoder(ColumnStack):
 
     def __init__(self, d_model: int = 768, nhead: int = 12, dim_feedforward: int = 3072,
                  depths: Sequence[int] = (1, 1, 1, 1), num_columns: int = 4, dropout: float = 0.1, activation: str = 'relu',
-                 norm_first: bool = False, vocab_size: int | None = None, batch_first: bool = True, frozen_stages: int = -1,
-                 reversible: bool = False, drift_threshold: float | None = None, on_drift: str = 'raise',
-                 with_cp: bool = False, init_cfg: dict | None = None) -> None:
+                 norm_first: bool = False, vocab_size: int | None = None, batch_first: bool = True, **kwargs) -> None:
         depths = tuple(depths)
         if not depths or any(not isinstance(depth, int) or depth < 1 for depth in depths):
             raise ValueError(f'depths must be positive integers, one for each level, but got {depths!r}')
         check_positive_int('num_columns', num_columns)
         if d_model % nhead:
             raise ValueError(f'd_model must be a multiple of nhead, but got d_model={d_model!r} and nhead={nhead!r}')
-        super().__init__(depths, num_columns, (len(depths) - 1, ), frozen_stages, reversible, drift_threshold, on_drift,
-                         with_cp, init_cfg)
+        super().__init__(depths, num_columns, (len(depths) - 1, ), **kwargs)
         self.d_model, self.batch_first = d_model, batch_first
         self.stem = SequenceStem(d_model, vocab_size, dropout)
         self.add_columns(lambda first: Column(
             depths, [(d_model, )] * len(depths), first=first,
-            fusion=lambda level, sources: TokenFusion(d_model, level, sources),
+            fusion=lambda level, above: TokenFusion(d_model, level, above),
             block=lambda level, index: nn.TransformerEncoderLayer(
                 d_model, nhead, dim_feedforward, dropout, activation, batch_first=True, norm_first=norm_first)))
         self.norm = nn.LayerNorm(d_model)

@@ -107,8 +107,8 @@ class RevColViT(ColumnStack):
         drop_path_rate (float): stochastic depth rate. It rises linearly from 0 over the blocks of a column, and is the same in
             every column. Default: 0.
         out_indices (Sequence[int]): levels to return. Default: (0, 1, 2, 3).
-        frozen_stages (int), reversible (bool), drift_threshold (float | None), on_drift (str), with_cp (bool),
-            init_cfg (dict | None): as in :class:`~revcol_mm.models.RevCol`, with its defaults.
+        **kwargs: ``frozen_stages``, ``reversible``, ``drift_threshold``, ``on_drift``, ``with_cp`` and ``init_cfg``, as in
+            :class:`~revcol_mm.models.RevCol`, with its defaults.
 
     Raises:
         TypeError, ValueError: if an argument, or the shape of the images, is of another kind. The message names it.
@@ -123,11 +123,9 @@ class RevColViT(ColumnStack):
 
     def __init__(self, arch: str | dict = 'small', img_size: int | Sequence[int] = 224, patch_size: int = 16,
                  in_channels: int = 3, drop_path_rate: float = 0., out_indices: Sequence[int] = (0, 1, 2, 3),
-                 frozen_stages: int = -1, reversible: bool = False, drift_threshold: float | None = None,
-                 on_drift: str = 'raise', with_cp: bool = False, init_cfg: dict | None = None) -> None:
+                 **kwargs) -> None:
         arch = self.read_arch(arch)
-        super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
-                         with_cp, init_cfg)
+        super().__init__(arch['depths'], arch['num_columns'], out_indices, **kwargs)
         self.embed_dims, self.num_heads = arch['embed_dims'], arch['num_heads']
         if self.embed_dims % self.num_heads:
             raise ValueError("arch['embed_dims'] must be a multiple of arch['num_heads'], but got "
@@ -143,18 +141,15 @@ class RevColViT(ColumnStack):
         rates = self.drop_path_rates(drop_path_rate)
         self.add_columns(lambda first: Column(
             self.depths, [(1, 1, self.embed_dims)] * 4, first=first,
-            fusion=lambda level, sources: TokenFusion(self.embed_dims, level, sources),
+            fusion=lambda level, above: TokenFusion(self.embed_dims, level, above),
             block=lambda level, index: ViTBlock(self.embed_dims, self.num_heads, rates[index])))
-        self._init_weights()
-        self.freeze_stages()
-
-    def _init_weights(self) -> None:
         self.apply(init_weights)
         nn.init.trunc_normal_(self.stem.pos_embed, std=0.02)
         with torch.no_grad():
             for name, module in self.named_modules():
                 if isinstance(module, ViTBlock):
                     module.ffn[-1].weight /= math.sqrt(2 * self.get_layer_depth(name)[0])
+        self.freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Returns the features of the last column.
@@ -165,9 +160,7 @@ class RevColViT(ColumnStack):
         Returns:
             tuple[Tensor]: for each l in ``out_indices``, (N, C, H / patch_size, W / patch_size) rounded up, contiguous.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f'the input of RevColViT must have the shape (N, {self.in_channels}, H, W), but got '
-                             f'{tuple(x.shape)}')
+        self.check_images(x, least=1)
         x, size = self.stem(x)
         return tuple(feature.transpose(1, 2).unflatten(2, size).contiguous()  # (N, L, C) -> (N, C, H, W)
                      for feature in self.run_columns(x))
