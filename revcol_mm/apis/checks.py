@@ -70,17 +70,33 @@ def _check_categories(dataset: dict, key: str) -> None:
     classes = BaseDataset._load_metainfo(dataset.get('metainfo')).get('classes')  # of a file, if it names one
     if classes is None or _is_remote(path):
         return
-    try:
-        with open(path, encoding='utf-8') as file:
-            categories = [category['name'] for category in json.load(file)['categories']]
-    except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no text
-        raise LaunchError(f'{path} must be an annotation file in COCO format, but is not: {type(error).__name__}: '
-                          f'{error}') from error
+    _, categories = read_annotations(path)
     classes = [classes] if isinstance(classes, str) else list(classes)
     missing = [name for name in classes if name not in categories]
     if missing:
         raise LaunchError(f'{key}.metainfo.classes must be categories of {path}, which has {some(categories, 10)}, but got '
                           f'{some(missing)}')
+
+
+def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
+    """Reads an annotation file in COCO format.
+
+    Returns:
+        tuple[list, dict]: (file name, id) of each image, and {name: id} of the categories.
+
+    Raises:
+        LaunchError: if the file cannot be read, or has another format.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        return ([(image['file_name'], image['id']) for image in content['images']],
+                {category['name']: category['id'] for category in content['categories']})
+    except OSError as error:
+        raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}, in {os.getcwd()}') from None
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: no JSON, or no text
+        raise LaunchError(f'{path} must be an annotation file in COCO format, but is not: {type(error).__name__}: '
+                          f'{error}') from None
 
 
 def _datasets(dataset, key: str) -> Iterator[tuple[str, dict]]:

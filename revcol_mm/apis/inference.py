@@ -12,7 +12,7 @@ import os.path as osp
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import cv2
 import mmcv
@@ -26,10 +26,10 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from ..checkpoint import CheckpointError, read_checkpoint
-from ..checkpoint.files import check_output, write_whole
+from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
 from ..checkpoint.safe import some
-from .checks import check_checkpoint
+from .checks import check_checkpoint, read_annotations
 from .errors import PACKAGES, LaunchError, build_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -38,7 +38,7 @@ TOP = 5  # classes that a classifier's JSON names per image
 
 # Models ----------------------------------------------------------------------------------------------------------------------
 
-def load_weights(model: nn.Module, checkpoint: str) -> dict[str, Any]:
+def load_weights(model: nn.Module, checkpoint: str) -> Mapping[str, Any]:
     """Loads all of a model's weights, or none. mmengine's own loading only warns of those that do not fit.
 
     Args:
@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, checkpoint: str) -> dict[str, Any]:
         checkpoint (str): path or URL.
 
     Returns:
-        dict: the checkpoint's ``meta``, {} if it has none.
+        Mapping: the checkpoint's ``meta``, {} if it has none.
 
     Raises:
         LaunchError: if there is no such file, or if it does not hold a whole model.
@@ -114,7 +114,8 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     if deploy:
         backbone = getattr(inferencer.model, 'backbone', None)
         if not hasattr(backbone, 'switch_to_deploy'):
-            raise LaunchError(f'the backbone {type(backbone).__name__} cannot be folded (switch_to_deploy)')
+            raise LaunchError(f'only a RevCol can be folded for inference, but the backbone is a {type(backbone).__name__}: '
+                              'leave deploy out')
         backbone.switch_to_deploy()
     return inferencer
 
@@ -137,7 +138,7 @@ def _with_test_pipeline(cfg: Config) -> Config:
     return cfg
 
 
-def _classes_and_palette(cfg: Config, meta: dict, scope: str) -> tuple[Sequence[str] | None, list | None]:
+def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequence[str] | None, list | None]:
     """Those of the checkpoint, else those of the config's data set, else None."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
@@ -161,7 +162,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
     Raises:
         FileNotFoundError: for a pattern that names no image.
     """
-    paths: list[str] = []
+    unique: dict[str, str] = {}
     for pattern in patterns:
         pattern = osp.expanduser(pattern)
         found = [pattern] if osp.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -173,12 +174,10 @@ def find_images(patterns: Sequence[str]) -> list[str]:
             else:
                 images.append(path)
         if not images:
-            raise FileNotFoundError(f'there is no image {pattern}' if not found else
+            raise FileNotFoundError(f'there is no image {pattern} (looked from {os.getcwd()})' if not found else
                                     f'there are no images ({", ".join(EXTENSIONS)}) in {pattern}')
-        paths += images
-    unique: dict[str, str] = {}
-    for path in paths:
-        unique.setdefault(osp.abspath(path), path)
+        for path in images:
+            unique.setdefault(osp.abspath(path), path)
     return list(unique.values())
 
 
@@ -192,10 +191,10 @@ def read_image(path: str) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'cannot be read as an image: {error}') from None
+        raise ValueError(f'it cannot be read as an image ({error}): copy it again') from None
     pixels = mmcv.imread(path)
     if pixels is None:
-        raise ValueError('cannot be read as an image by OpenCV')
+        raise ValueError('OpenCV cannot read it as an image: save it as JPEG or PNG')
     return pixels
 
 
@@ -226,18 +225,14 @@ def predict_image(inferencer, path: str, image: np.ndarray, draw: bool = True, s
         segmentation only; and the picture, (H, W, 3) BGR.
     """
     kind = type(inferencer).__name__
-    if kind == 'DetInferencer':
-        inputs, show = [path], dict(return_vis=True, pred_score_thr=score_thr)
-        (_, batch), = inferencer.preprocess(inputs)
-    else:
-        inputs, show = [path], dict(return_vis=True)
-        batch, = inferencer.preprocess(inputs)
-    sample, = inferencer.forward(batch)
+    batch, = inferencer.preprocess([path])
+    sample, = inferencer.forward(batch[1] if kind == 'DetInferencer' else batch)  # mmdet's has the image in front
     sample = sample.cpu()
     if kind == 'ImageClassificationInferencer':
         picture = _draw_class(inferencer, image, sample) if draw else None
         return _class_results(sample), None, picture
-    picture = inferencer.visualize(inputs, [sample], **show)[0][..., ::-1] if draw else None
+    threshold = dict(pred_score_thr=score_thr) if kind == 'DetInferencer' else {}
+    picture = inferencer.visualize([path], [sample], return_vis=True, **threshold)[0][..., ::-1] if draw else None
     if kind == 'DetInferencer':
         return _instance_results(sample.pred_instances), None, picture
     labels = sample.pred_sem_seg.data[0].numpy()
@@ -283,15 +278,6 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 # Whole runs ------------------------------------------------------------------------------------------------------------------
 
-def check_folder(path: str) -> None:
-    """Raises LaunchError if a folder cannot be made, because it, or one above it, is a file."""
-    existing = osp.abspath(path)
-    while not osp.lexists(existing):
-        existing = osp.dirname(existing)
-    if not osp.isdir(existing):
-        raise LaunchError(f'the output folder {path} cannot be made: {existing} is a file')
-
-
 @dataclass
 class Numbering:
     """Ids of images and categories: counted, or found by name in the COCO annotation file ``source``."""
@@ -307,17 +293,9 @@ class Numbering:
         Raises:
             LaunchError: if the file is missing, or does not hold COCO annotations.
         """
-        try:
-            with open(path, encoding='utf-8') as file:
-                annotations = json.load(file)
-            images = {osp.basename(image['file_name']): image['id'] for image in annotations['images']}
-            names = {category['name']: category['id'] for category in annotations['categories']}
-        except OSError as error:
-            raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}') from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise LaunchError(f'{path} must hold annotations in COCO format, but does not: {type(error).__name__}: '
-                              f'{error}') from None
-        if len(images) < len(annotations['images']):
+        found, names = read_annotations(path)
+        images = {osp.basename(name): number for name, number in found}
+        if len(images) < len(found):
             raise LaunchError(f'the images of {path} must have different file names, because their ids are found by name, but '
                               'some in different folders have the same')
         return cls(images, names=names, source=path)
@@ -341,7 +319,7 @@ class Numbering:
         if not self.images:
             return index + 1
         if osp.basename(path) not in self.images:
-            raise ValueError('is not in the annotation file')
+            raise ValueError(f'{self.source} has no image of this name: add it there, or leave it out here')
         return self.images[osp.basename(path)]
 
     def category(self, label: int) -> int:
@@ -377,10 +355,9 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
         Summary: of the run.
 
     Raises:
-        CheckpointError: if the outputs exist, or are inputs.
-        LaunchError: if ``out`` is not a folder.
+        CheckpointError: if the outputs exist, or are inputs, or if ``out`` cannot be made.
     """
-    check_folder(out)
+    check_folder(out, make=True)
     numbering = numbering or Numbering()
     names = output_names(paths)
     inputs = {osp.realpath(path) for path in paths}
@@ -388,7 +365,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
     maps = {path: osp.join(out, 'maps', f'{name}.png') for path, name in zip(paths, names)}
     for path in (*vis.values(), *maps.values()):
         if osp.realpath(path) in inputs:
-            raise CheckpointError(f'the output {path} is one of the images, which are never changed: another folder is needed')
+            raise CheckpointError(f'the output {path} is one of the images, which are never changed: choose another folder')
     os.makedirs(out, exist_ok=True)
     files = {name: osp.join(out, f'{name}.json') for name in ('images', 'predictions')}
     for path in files.values():
@@ -399,7 +376,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
         try:
             image_id = numbering.image(path, index)
             if any(image['id'] == image_id for image in images):
-                raise ValueError(f'has the id {image_id} of another image of the same name')
+                raise ValueError(f'another image of the same name has its id, {image_id}, already: predict on only one of them')
             image = read_image(path)
             results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
         except (ValueError, RuntimeError, OSError, ArithmeticError, cv2.error) as error:  # this image's fault, or memory's

@@ -38,10 +38,11 @@ def write_whole(path: str, replace: bool = True) -> Iterator[IO[bytes]]:
             yield file
         put_in_place(temporary, path, replace)
     except FileExistsError as error:
-        raise CheckpointError(f'the output {error.filename2 or path} exists now, written by another process; --force replaces '
-                              'it, --out names another') from None
+        raise CheckpointError(f'the output {error.filename2 or path} exists now, written by another process: choose another '
+                              'name, or replace it with force') from None
     except OSError as error:
-        raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no part of it was kept') from None
+        raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no part of it was kept. Make room, or '
+                              'choose another folder') from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -128,10 +129,10 @@ def check_bytes(path: str) -> None:
                 if not folder:
                     torch.load(file, map_location='cpu', weights_only=True, mmap=True)  # every tensor has its place
             except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-                raise CheckpointError(f'{file} is damaged: {str(error).splitlines()[0]}') from error
+                raise CheckpointError(f'{file} is damaged: {str(error).splitlines()[0]}. Copy or download it again') from error
             if damaged is not None:
                 raise CheckpointError(f'{file} is damaged: its part {damaged} does not have the checksum with which it was '
-                                      'written')
+                                      'written. Copy or download it again')
 
 
 def write_checkpoint(contents: Any, file: IO[bytes], safetensors: bool = False) -> None:
@@ -165,16 +166,19 @@ def check_output(path: str, source: str, force: bool) -> None:
     """Raises CheckpointError if writing ``path`` would change ``source``, or replace a file without ``force``."""
     if os.path.exists(path):
         if os.path.exists(source) and os.path.samefile(path, source):
-            raise CheckpointError(f'the output {path} is the input itself, which is never changed: give another --out')
+            raise CheckpointError(f'the output {path} must not be the input, which is never changed: choose another name')
         if not os.path.isfile(path):
-            raise CheckpointError(f'the output {path} exists and is not a file: give another --out')
+            raise CheckpointError(f'the output {path} must be a file, but is something else: choose another name')
         if not force:
-            raise CheckpointError(f'the output {path} exists; --force replaces it, --out names another')
-    check_folder(path)
+            raise CheckpointError(f'the output {path} exists already: choose another name, or replace it with force')
+    check_folder(os.path.dirname(path))
 
 
-def check_folder(path: str) -> None:
-    """Raises CheckpointError if the folder of the output ``path`` does not exist."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise CheckpointError(f'the output {path} has no folder: {folder} does not exist')
+def check_folder(path: str, make: bool = False) -> None:
+    """Raises CheckpointError if the folder of an output does not exist; with ``make`` only if it cannot be made."""
+    existing = os.path.abspath(path)
+    while make and not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        state = f'cannot be made: {existing} is a file' if make else 'does not exist'
+        raise CheckpointError(f'the output folder {path} {state}; choose another one')

@@ -25,12 +25,12 @@ def kernel_size_of(kernels: Mapping[str, Tensor], filename: str) -> int:
         CheckpointError: if there are no kernels, if their sizes differ, or if they are not depthwise kernels.
     """
     if not kernels:
-        raise CheckpointError(f'{filename} holds no RevCol: it has no name such as subnet0.level0.blocks.0.dwconv.weight')
+        raise CheckpointError(f'{filename} holds no RevCol: a RevCol has names such as subnet0.level0.blocks.0.dwconv.weight')
     by_size = defaultdict(list)
     for key, value in kernels.items():
         if value.dim() != 4 or value.shape[1] != 1 or value.shape[2] != value.shape[3]:
             raise CheckpointError(f'{filename}: {key} must be a depthwise kernel of shape (C, 1, k, k), but got '
-                                  f'{tuple(value.shape)}')
+                                  f'{tuple(value.shape)}: give a checkpoint of a RevCol')
         by_size[value.shape[-1]].append(key)
     if len(by_size) > 1:
         raise CheckpointError(f'{filename} has kernels of mixed sizes, but all kernels of a RevCol have one size: ' + '; '.join(
@@ -51,11 +51,10 @@ def compare_kernels(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tens
         if key not in shapes or kernel.dim() != 4 or kernel.shape[:2] != shapes[key][:2]:
             continue
         size, wanted = kernel.shape[-1], shapes[key][-1]
-        if size > wanted:
-            return f'kernels of {size}×{size}, but the model has {wanted}×{wanted}: build it with kernel_size={size}'
-        if size < wanted and not pads:
-            return (f'kernels of {size}×{size}, but the model has {wanted}×{wanted}: pad them, python tools/pad_kernels.py '
-                    f'{filename} --size {wanted}')
+        if size > wanted or (size < wanted and not pads):
+            remedy = (f'build it with kernel_size={size}' if size > wanted else
+                      f'pad them, python tools/pad_kernels.py {filename} --size {wanted}')
+            return f'kernels of {size}×{size}, but the model has {wanted}×{wanted}: {remedy}'
     return ''
 
 

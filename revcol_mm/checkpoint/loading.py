@@ -34,7 +34,7 @@ def find_state_dict(checkpoint: Any, filename: str) -> tuple[dict[str, Tensor], 
             weights = {key: value for key, value in entries if isinstance(value, Tensor)}
             nameless = [key for key in weights if not isinstance(key, str)]
             if nameless:
-                raise CheckpointError(f'{filename} holds weights whose names are not strings: {some(map(repr, nameless))}')
+                raise CheckpointError(f'{filename}: the names of weights must be strings, but got {some(map(repr, nameless))}')
             if weights:
                 return weights, wrapping
     found = f'the keys {some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
@@ -50,7 +50,7 @@ def find_meta(checkpoint: Any, filename: str) -> Mapping[str, Any]:
     """
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     if not isinstance(meta, (Mapping, type(None))):
-        raise CheckpointError(f"{filename}: its 'meta' must be a dict, but is of type {type(meta).__name__}")
+        raise CheckpointError(f"{filename}: its 'meta' must be a dict, but is of type {type(meta).__name__}: delete this entry")
     return meta or {}
 
 
@@ -110,7 +110,7 @@ def load_pretrained(module: nn.Module,
     found = {key: value for key, value in inside.items() if key in own}
     if not found:
         raise CheckpointError(f'{checkpoint} holds no weights of {name}' + (f' under {prefix!r}' if prefix else '') +
-                              f': its names are {some(weights)}, but {name} needs {some(own)}')
+                              f': its names are {some(weights)}, but {name} needs {some(own)}: give another checkpoint')
     check_weights(found, checkpoint)
     if getattr(module, 'pad_pretrained', False):
         pad_on_load(module, found, '')
@@ -122,7 +122,7 @@ def load_pretrained(module: nn.Module,
     related = {key: value for key, value in inside.items() if _family(key) in families}  # not the heads beside it
     differences = find_differences(own, {**related, **found}, checkpoint, r'norm\d+\.')
     if differences:
-        raise CheckpointError(f'{checkpoint} does not fit {name}: {differences}')
+        raise CheckpointError(f'{checkpoint} does not fit {name}: {differences}. Give a checkpoint of the same architecture')
 
     missing = [key for key in own if key not in found]
     module.load_state_dict(found, strict=False)
@@ -152,10 +152,11 @@ def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
             unfit.append(f'{key} ({value.dtype})')
     if unfit:
         raise CheckpointError(f'{filename}: all weights must be dense and of float16, bfloat16, float32 or float64, but '
-                              f'{len(unfit)} weights are not: {some(unfit)}')
+                              f'{len(unfit)} weights are not: {some(unfit)}. Convert them, and save the file again')
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}')
+        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}. All weights must be '
+                              'finite: take an earlier checkpoint')
 
 
 def find_differences(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], filename: str,

@@ -33,7 +33,7 @@ def todays_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str 
     unknown = [key for key in weights if _root(key) not in CLASSIFIER_PARTS]
     if unknown:
         raise CheckpointError(f"{filename} is of no known kind: the parts of the authors' classifiers are "
-                              f'{", ".join(CLASSIFIER_PARTS)}, but the file holds {some(unknown)}')
+                              f'{", ".join(CLASSIFIER_PARTS)}, but the file holds {some(unknown)}: give another file')
     return {key: f'{CLASSIFIER_PARTS[_root(key)]}.{key}' for key in weights}
 
 
@@ -48,7 +48,8 @@ def official_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, st
     names = {key: key.partition('.')[2] for key in weights}
     unknown = [key for key, name in names.items() if CLASSIFIER_PARTS.get(_root(name)) != key.split('.')[0]]
     if unknown:
-        raise CheckpointError(f"{filename} holds weights that the authors' classification code does not have: {some(unknown)}")
+        raise CheckpointError(f"{filename} holds weights that the authors' classification code does not have: {some(unknown)}. "
+                              'Remove them, or give a file without them')
     return names
 
 
@@ -83,7 +84,7 @@ def find_dataset_meta(checkpoint: Any, filename: str) -> dict[str, Any]:
     if meta.get('dataset_meta') is not None:
         if not isinstance(meta['dataset_meta'], Mapping):
             kind = type(meta['dataset_meta']).__name__
-            raise CheckpointError(f"{filename}: 'dataset_meta' of its 'meta' must be a dict, but is of type {kind}")
+            raise CheckpointError(f"{filename}: 'dataset_meta' of its 'meta' must be a dict, but is of type {kind}: delete it")
         return dict(dataset_meta=meta['dataset_meta'])
     found = {key.lower(): meta[key] for key in ('CLASSES', 'PALETTE') if meta.get(key) is not None}
     return dict(dataset_meta=found) if found else {}

@@ -85,10 +85,15 @@ def safe_globals() -> list:
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
     """Loads a file. Raises FileNotFoundError if there is none, and the errors of :func:`torch.load` if it refuses the file."""
-    filename = os.path.expanduser(filename)
-    if not os.path.isfile(filename):
-        raise FileNotFoundError(f'checkpoint {filename} does not exist')
-    return torch.load(filename, map_location=map_location, weights_only=True)
+    return torch.load(_local_path(filename), map_location=map_location, weights_only=True)
+
+
+def _local_path(filename: str) -> str:
+    path = os.path.expanduser(filename)
+    if not os.path.isfile(path):
+        found = 'is not a file' if os.path.exists(path) else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {filename} {found} (looked from {os.getcwd()})')
+    return path
 
 
 def load_from_pavi(filename: str, map_location: Any = None) -> Any:
@@ -125,10 +130,10 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, 
     safetensors = import_safetensors()
     try:
         device = str(map_location or 'cpu')
-        weights = safetensors.torch.load_file(os.path.expanduser(filename), device='cpu' if device == 'meta' else device)
+        weights = safetensors.torch.load_file(_local_path(filename), device='cpu' if device == 'meta' else device)
         return {key: value.to(device) for key, value in weights.items()}
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f'{filename}: it is not a safetensors file, or it is damaged ({error})') from None
+        raise CheckpointError(f'{filename} must be a safetensors file, but is damaged or another file: {error}') from None
 
 
 def import_safetensors() -> ModuleType:
@@ -188,12 +193,8 @@ def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', log
         CheckpointError: if the file is empty, damaged, not a checkpoint, contains code, or cannot be downloaded.
     """
     filename = str(filename)
-    local = os.path.expanduser(filename)
-    if '://' not in filename and not os.path.isfile(local):
-        raise FileNotFoundError(f'checkpoint {filename} does not exist' if not os.path.exists(local) else
-                                f'checkpoint {filename} is not a file')
-    if '://' not in filename and os.path.getsize(local) == 0:
-        raise CheckpointError(f'{filename} is empty, so it is not a checkpoint')
+    if '://' not in filename and os.path.getsize(_local_path(filename)) == 0:
+        raise CheckpointError(f'{filename} is empty, so it is not a checkpoint: copy or download it again')
     try:
         return CheckpointLoader.load_checkpoint(filename, map_location=map_location, logger=logger)
     except pickle.UnpicklingError as error:
@@ -211,20 +212,24 @@ def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', log
 
 
 def _unreadable(filename: str, reason: str) -> CheckpointError:
-    return CheckpointError(f'{filename} cannot be read as a checkpoint: it is damaged, cut off, or of another kind ({reason})')
+    return CheckpointError(f'{filename} cannot be read as a checkpoint: it is damaged, cut off, or of another kind ({reason}). '
+                           'Copy or download it again')
 
 
 def _explain(filename: str, message: str) -> CheckpointError:
-    for sign in ('Unsupported global: GLOBAL ', 'Trying to load unsupported GLOBAL ', 'the file asks for '):
-        if sign in message:
-            found = message.split(sign, 1)[1].splitlines()[0]
-            found = found.split(' was not an allowed')[0].split(' whose module')[0]
-            return CheckpointError(f'{filename} is refused: it refers to {found}, which is code, not data; loading it could '
-                                   'run any code, so nothing was run')
-    if 'reduce for unrecognized function' in message:
-        return CheckpointError(f'{filename} is refused: loading it would call functions; nothing was run')
-    return _unreadable(filename, message.strip().splitlines()[-1] if 'Unsupported operand' not in message else
-                       'its bytes are not those of a checkpoint')
+    """Says in one line why torch's loader, or a replacement of this module, has refused a file."""
+    if 'the file asks for ' in message:
+        reason = 'it asks for ' + message.split('the file asks for ', 1)[1].splitlines()[0]
+    elif 'GLOBAL ' in message:
+        found = message.split('GLOBAL ', 1)[1].splitlines()[0].split(' was not an allowed')[0].split(' whose module')[0]
+        reason = f'it refers to {found}, which is code, not data'
+    elif 'reduce for unrecognized function' in message:
+        reason = 'loading it would call functions'
+    else:
+        return _unreadable(filename, message.strip().splitlines()[-1] if 'Unsupported operand' not in message else
+                           'its bytes are not those of a checkpoint')
+    return CheckpointError(f'{filename} is refused: {reason}. Nothing of it was run. In the program that wrote it, save only '
+                           'the state_dict() of the model')
 
 
 def some(names: Iterable[Any], limit: int = 4) -> str:

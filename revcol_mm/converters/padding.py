@@ -35,15 +35,6 @@ class PaddingReport:
     notes: list[str] = field(default_factory=list)
 
 
-def check_size(size: int, present: int, filename: str) -> None:
-    """Raises CheckpointError unless ``size`` is odd and larger than ``present``."""
-    if size % 2 == 0:
-        raise CheckpointError(f'--size must be odd, so that the kernel has a centre, but got {size}')
-    if size <= present:
-        raise CheckpointError(f'--size must be larger than {present}, because the kernels of {filename} are '
-                              f'{present}×{present} already, but got {size}')
-
-
 def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
                    filename: str = 'the checkpoint') -> tuple[Any, PaddingReport]:
     """Pads every depthwise kernel of the RevCol in a checkpoint. Everything else stays as it is.
@@ -69,11 +60,14 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
     """
     weights, wrapping = find_state_dict(checkpoint, filename)
     backbone = find_backbone(weights, filename)
-    check_size(size, backbone.kernel_size, filename)
+    if size % 2 == 0:
+        raise CheckpointError(f'size must be odd, so that the kernel has a centre, but got {size}')
+    if size <= backbone.kernel_size:
+        raise CheckpointError(f'size must be larger than that of {filename}, {backbone.kernel_size}, but got {size}')
     if not -2**63 <= seed < 2**64:
-        raise CheckpointError(f'--seed must be an integer of at most 64 bits, but got {seed}')
+        raise CheckpointError(f'seed must be an integer of at most 64 bits, but got {seed}')
     if not 0 <= std < float('inf'):
-        raise CheckpointError(f'--std must be finite and not negative, but got {std}')
+        raise CheckpointError(f'std must be finite and not negative, but got {std}')
 
     report = PaddingReport(backbone.kernel_size, size, std, seed)
     generator, borders, done = torch.Generator().manual_seed(seed), {}, {}
@@ -98,7 +92,7 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
             raise CheckpointError(f'{filename} has kernels of mixed sizes: those of {where!r} are not '
                                   f'{report.size_before}×{report.size_before}')
         larger = {key: pad(key, kernel) for key, kernel in kernels.items()}
-        check_weights(larger, f'{place}, padded with --std {std}')
+        check_weights(larger, f'{place}, padded with std={std}')
         weights = copy.copy(weights)  # keeps the attribute _metadata that torch stores
         weights.update(larger)
         report.kernels[where] = list(kernels)
@@ -112,21 +106,16 @@ def pad_checkpoint(checkpoint: Any, size: int, std: float = STD, seed: int = 0,
             if isinstance(value, Mapping) and kernels_of(value):
                 padded[where] = pad_all(where, value)
     if padded.get('optimizer') is not None and padded['optimizer'] != {}:
-        _pad_optimizer(padded, weights, report)
+        try:
+            padded['optimizer'] = _pad_moments(padded['optimizer'], weights, report)
+        except _Unclear as reason:
+            del padded['optimizer']
+            report.moments = 0
+            report.notes.append(f'WITHOUT the optimizer state, which cannot be padded: {reason}. Training can start from this '
+                                'file (load_from), but not resume')
     if any(kernel.dtype == torch.float16 for kernel in kernels_of(weights).values()):
         report.notes.append('the weights are float16, so the border is rounded to multiples of its smallest step, 6e-8')
     return padded, report
-
-
-def _pad_optimizer(padded: dict[str, Any], weights: Mapping[str, Tensor], report: PaddingReport) -> None:
-    """Pads the moments, or leaves the optimizer's state out of ``padded``."""
-    try:
-        padded['optimizer'] = _pad_moments(padded['optimizer'], weights, report)
-    except _Unclear as reason:
-        del padded['optimizer']
-        report.moments = 0
-        report.notes.append(f'WITHOUT the optimizer state, which cannot be padded: {reason}. Training can start from this '
-                            'file (load_from), but not resume')
 
 
 class _Unclear(ValueError):

@@ -81,7 +81,7 @@ def publish_checkpoint(source: str, out: str | None = None, force: bool = False)
         if out and extension:
             raise CheckpointError(f'the output {out} must end in .pth or .safetensors, but ends in {extension}')
         extension = '.pth'
-    check_folder(stem)
+    check_folder(os.path.dirname(stem))
     published, description = strip_training_state(read_checkpoint(source, logger='silent'), source)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(stem)), prefix='.publish-') as temporary:
         draft = os.path.join(temporary, 'draft' + extension)

@@ -230,7 +230,7 @@ def _blend(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray, top: 
 
 def _write_image(image: np.ndarray, path: Path) -> None:
     if not cv2.imwrite(str(path), image):
-        raise OSError(f'{path} could not be written')
+        raise OSError(f'{path} could not be written: make room, or choose another folder')
 
 
 def _write_json(content: dict, path: Path) -> None:

@@ -105,7 +105,7 @@ def _prepare(values: Tensor, target: Tensor, weight: Tensor, background: bool) -
     allowed = classes if background and not weight.numel() else classes - 1
     if highest > allowed:
         raise ValueError(f'target must be at most {allowed} for {classes} classes'
-                         f'{" with weights" if background and weight.numel() else ""}, but got {highest}')
+                         f'{" with weights" if background and weight.numel() else ""}, but got {highest}: check num_classes')
     positive = target[:, None] == torch.arange(classes, device=target.device)
     values = at_least_single(values)
     factors = weight.to(values.dtype)[target.clamp(min=0)][:, None] if weight.numel() else values.new_ones(1, 1)

@@ -2,17 +2,18 @@
 """What the operators share: torchvision's kernels, found at the first use, and the type to compute in."""
 import functools
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 
 @functools.cache
-def torchvision_ops() -> object:
+def torchvision_ops() -> ModuleType:
     """Loads torchvision's kernels; ``import revcol_mm`` does without them.
 
     Returns:
-        object: ``torch.ops.torchvision``, with everything registered.
+        ModuleType: ``torch.ops.torchvision``, with everything registered.
 
     Raises:
         ImportError: If torchvision is missing or was made for another torch.
@@ -20,7 +21,7 @@ def torchvision_ops() -> object:
     try:
         found = version('torchvision')
     except PackageNotFoundError:
-        raise ImportError('this operator of mmcv.ops runs on torchvision, which is not installed; install the one that belongs '
+        raise ImportError('the operators of mmcv.ops need torchvision, but it is not installed: install the one that belongs '
                           f'to torch {torch.__version__}: {_pip_install()}') from None
     try:
         import torchvision  # noqa: F401 - registers the kernels

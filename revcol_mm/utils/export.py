@@ -66,12 +66,12 @@ def export_onnx(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = 
                 os.mkdir(osp.dirname(file))
                 onnx.save(model, file, save_as_external_data=True, location=f'{name}.data')
             onnx.checker.check_model(file)
-            deviations = compare(backbone, file, sizes)
+            differences = compare(backbone, file, sizes)
             for entry in sorted(os.listdir(osp.dirname(file)), reverse=True):  # the weights first
                 os.replace(osp.join(osp.dirname(file), entry), osp.join(folder, entry))
     except OSError as error:
-        raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no partial file is left') from None
-    return deviations
+        raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no part of it was kept') from None
+    return differences
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def compare(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = SIZE
     """
     import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    generator, deviations = torch.Generator().manual_seed(0), {}
+    generator, differences = torch.Generator().manual_seed(0), {}
     for size in sizes:
         images = torch.randn(2, backbone.in_channels, *size, generator=generator)
         expected = backbone(images)
@@ -95,9 +95,9 @@ def compare(backbone: RevCol, path: str, sizes: Sequence[tuple[int, int]] = SIZE
         if shapes != [tuple(output.shape) for output in expected]:
             raise RuntimeError(f'at {size[0]}×{size[1]}, onnxruntime returns the shapes {shapes}, but torch '
                                f'returns {[tuple(output.shape) for output in expected]}; nothing was written')
-        deviation = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
-        if not deviation <= TOLERANCE:
-            raise RuntimeError(f'at {size[0]}×{size[1]}, onnxruntime differs from torch by {deviation:.2g} of the largest '
+        difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f'at {size[0]}×{size[1]}, onnxruntime differs from torch by {difference:.2g} of the largest '
                                f'value, but at most {TOLERANCE:g} is allowed; nothing was written')
-        deviations[tuple(size)] = deviation
-    return deviations
+        differences[tuple(size)] = difference
+    return differences

@@ -507,7 +507,7 @@ BAD_FILES = [
     (saving(with_a_far_block), 'its blocks of level 1 must have .*, but have 0, 999999'),
     (saving(with_many_columns_of_many_blocks), r'weights for 2000 columns of \(2000, 1, 1, 1\) blocks'),
     (saving(too_wide), 'no RevCol that can be built'),
-    (saving(lambda weights: weights.update({3: torch.ones(1)})), 'names are not strings: 3'),
+    (saving(lambda weights: weights.update({3: torch.ones(1)})), 'names of weights must be strings, but got 3'),
     (script, 'is refused: it is a TorchScript archive')]
 
 
@@ -526,21 +526,22 @@ def test_bad_safetensors_get_a_sentence(tmp_path, contents):
     from safetensors.torch import save
     path = tmp_path / 'ckpt.safetensors'
     path.write_bytes(save(revcol().state_dict())[:20000] if contents is None else contents)
-    with pytest.raises(SystemExit, match='error: .*ckpt.safetensors(:| is empty)'):
+    with pytest.raises(SystemExit, match='error: .*ckpt.safetensors (must be a safetensors file|is empty)'):
         pad_kernels.main([str(path), '--size', '7'])
     assert os.listdir(tmp_path) == ['ckpt.safetensors']
 
 
 @pytest.mark.parametrize('arguments, sentence', [
-    (['--size', '4'], '--size must be odd, so that the kernel has a centre, but got 4'),
-    (['--size', '3'], '3×3 already'), (['--size', '1'], '3×3 already'), (['--size', '-5'], '3×3 already'),
-    (['--size', '5', '4'], 'odd'), (['--size', '7', '--std', '-1'], '--std must be finite and not negative, but got -1'),
+    (['--size', '4'], 'size must be odd, so that the kernel has a centre, but got 4'),
+    *((['--size', size], f'size must be larger than that of ckpt.pth, 3, but got {size}') for size in ('3', '1', '-5')),
+    (['--size', '5', '4'], 'odd'), (['--size', '7', '--std', '-1'], 'std must be finite and not negative, but got -1'),
     (['--size', '5', '7', '--out', 'x.pth'], "must contain '{size}'"),
-    (['--size', '5', '--out', 'no/such/folder.pth'], 'no folder'),
-    (['--size', '5', '--out', 'ckpt.pth', '--force'], 'the input itself'), (['--size', '5', '--out', '.'], 'not a file'),
-    (['--size', '7', '--out', 'there.pth'], 'there.pth exists; --force'),
-    (['--size', '7', '--seed', str(2**64)], f'--seed must be an integer of at most 64 bits, but got {2**64}'),
-    (['--size', '7', '--std', '1e39'], "ckpt.pth['model'], padded with --std 1e+39: 8 weights hold NaN or infinite"),
+    (['--size', '5', '--out', 'no/such/folder.pth'], 'output folder no/such does not exist'),
+    (['--size', '5', '--out', 'ckpt.pth', '--force'], 'must not be the input'),
+    (['--size', '5', '--out', '.'], 'must be a file'),
+    (['--size', '7', '--out', 'there.pth'], 'there.pth exists already: choose another name, or replace it with force'),
+    (['--size', '7', '--seed', str(2**64)], f'seed must be an integer of at most 64 bits, but got {2**64}'),
+    (['--size', '7', '--std', '1e39'], "ckpt.pth['model'], padded with std=1e+39: 8 weights hold NaN or infinite"),
     (['--size', '7', '--out', 'new.pth', '--report', './new.pth'], 'new.pth is named twice')], ids=str)
 def test_bad_arguments_get_a_sentence(checkpoint, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
