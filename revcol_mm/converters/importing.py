@@ -6,7 +6,6 @@ from typing import Any, Mapping
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict, strip_module
 from ..checkpoint.names import (
@@ -19,6 +18,7 @@ from ..checkpoint.names import (
     todays_names,
 )
 from ..checkpoint.safe import CheckpointError, some
+from ..utils.configs import build_on_meta
 from .backbone import Backbone, find_backbone
 
 
@@ -91,7 +91,7 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
     meta = find_dataset_meta(checkpoint, filename)
     if ema:
         if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get('state_dict_ema'), Mapping):
-            raise CheckpointError(f"{filename} holds no averaged weights ('state_dict_ema')")
+            raise CheckpointError(f"{filename} holds no averaged weights ('state_dict_ema'), which ema takes: leave ema out")
         weights, wrapping = find_state_dict(checkpoint['state_dict_ema'], filename)[0], 'state_dict_ema'
     else:
         weights, wrapping = find_state_dict(checkpoint, filename)
@@ -103,6 +103,7 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
     converted = OrderedDict((new, plain[old]) for old, new in names.items() if new is not None)
     missing = []
     if config is not None:
+        config = Config.fromfile(config) if isinstance(config, str) else config
         expected = model_shapes(config)
         if LAST_CLASSIFIER + 'classifier.1.weight' in converted and 'head.cls.classifier.1.weight' in expected:
             single = OrderedDict((key.replace(LAST_CLASSIFIER, 'head.cls.'), value) for key, value in converted.items()
@@ -112,7 +113,7 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
             converted = single
         differences = find_differences(expected, converted, filename)
         if differences:
-            raise CheckpointError(f'{filename} does not fit {_name(config)}: {differences}')
+            raise CheckpointError(f'{filename} does not fit {_name(config)}: {differences}. Give the config of its model')
         missing = [key for key in expected if key not in converted]
 
     backbone = find_backbone(converted, filename)
@@ -122,7 +123,7 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
         find_task(converted), backbone, find_num_classes(converted),
         any(key.startswith('head.cls_blocks.') for key in converted), count_dtypes(converted), len(converted),
         {old: names[old] for old in names if names[old] in converted and old != names[old]}, dropped,
-        [f'{key} (averaged weights: --ema takes them)' if key == 'state_dict_ema' else str(key) for key in others], missing)
+        [f'{key} (averaged weights: ema takes them)' if key == 'state_dict_ema' else str(key) for key in others], missing)
     origin = dict(wrapping=wrapping, module=list(plain) != list(weights), dropped=bool(dropped), task=report.task)
     return dict(meta=dict(revcol_mm=origin, **meta), state_dict=converted), report
 
@@ -148,7 +149,8 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
                               f'known kind ({some(weights)})')
     origin = find_meta(checkpoint, filename).get('revcol_mm') or {}
     if not isinstance(origin, Mapping) or not isinstance(origin.get('wrapping'), (str, type(None))):
-        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' must be what an import writes, but is {origin!r:.100}")
+        raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' must be what an import writes, but is {origin!r:.100}: "
+                              'delete this entry')
     names = official_names(weights, filename)
     wrapping = origin.get('wrapping', 'model' if find_task(weights) in ('classification', 'backbone') else 'state_dict')
     module = 'module.' if origin.get('module') is True else ''
@@ -156,26 +158,24 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
     return {wrapping: official} if wrapping else official
 
 
-def model_shapes(config: str | Config) -> dict[str, torch.Size]:
-    """Returns names and shapes of the weights of a config's model, which is built on the meta device.
+def model_shapes(config: Config) -> dict[str, torch.Size]:
+    """Returns names and shapes of the weights of a config's model.
 
     Raises:
         CheckpointError: if the config has no model, or if it cannot be built.
     """
-    config = Config.fromfile(config) if isinstance(config, str) else config
     if config.get('model') is None:
-        raise CheckpointError(f"{_name(config)} is not the config of a model: there is no 'model' in it")
+        raise CheckpointError(f'{_name(config)} must define a model, but has none: give the config of a model')
     try:
-        with DefaultScope.overwrite_default_scope(config.get('default_scope')), torch.device('meta'):
-            return {key: value.shape for key, value in MODELS.build(config.model).state_dict().items()}
+        return {key: value.shape for key, value in build_on_meta(config).state_dict().items()}
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
             ValueError) as error:
         reason = (str(error).strip('"') or 'no reason given').splitlines()[0]
         raise CheckpointError(f'the model of {_name(config)} cannot be built: {type(error).__name__}: {reason}') from error
 
 
-def _name(config: str | Config) -> str:
-    return config if isinstance(config, str) else config.filename or 'the config'
+def _name(config: Config) -> str:
+    return config.filename or 'the config'
 
 
 def _by_part(names: list[str]) -> str:

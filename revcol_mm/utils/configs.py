@@ -1,11 +1,14 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Finds the configs by name, in a checkout and in an installed package.
+"""Finds the configs by name, in a checkout and in an installed package, and builds their models without memory.
 
 mmengine resolves ``pkg::path`` for a fixed list of packages only. :func:`config_path` takes the place of ``revcol_mm::``.
 """
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -53,3 +56,9 @@ def get_config(name: str) -> Config:
         FileNotFoundError: If there is no such config.
     """
     return Config.fromfile(config_path(name))
+
+
+def build_on_meta(cfg: Config) -> nn.Module:
+    """Builds the model of a config in eval mode, on the meta device: shapes without storage."""
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), torch.device('meta'):
+        return MODELS.build(cfg.model).to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device

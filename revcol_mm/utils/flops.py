@@ -16,11 +16,12 @@ from typing import Callable, Iterator, Sequence
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
+
+from .configs import build_on_meta
 
 NUM_BOX_PROPOSALS = 1000
 NUM_MASK_PROPOSALS = 100
@@ -32,15 +33,6 @@ class Cost:
     """Number of parameters, and of multiply-adds for one image."""
     params: int
     macs: int
-
-    def __add__(self, other: 'Cost') -> 'Cost':
-        return Cost(self.params + other.params, self.macs + other.macs)
-
-
-def build_on_meta(cfg: Config) -> nn.Module:
-    """The model of a config in eval mode, on the meta device: shapes without storage."""
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), torch.device('meta'):
-        return MODELS.build(cfg.model).to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device
 
 
 def default_shape(cfg: Config) -> tuple[int, int]:
@@ -64,7 +56,7 @@ def default_shape(cfg: Config) -> tuple[int, int]:
             size = step.get('crop_size') or step.get('scale')
             if step.type in ('CenterCrop', 'Resize', 'RandomResizedCrop') and size:
                 return (size, size) if isinstance(size, int) else tuple(size)
-    raise ValueError(f'the usual input size of default_scope={scope!r} is not known: give one with --shape H W')
+    raise ValueError(f'the usual input size of default_scope={scope!r} is not known: give a shape, height and width')
 
 
 def count(cfg: Config, shape: Sequence[int] | None = None) -> dict[str, Cost]:
@@ -97,7 +89,7 @@ def count_model(model: nn.Module, shape: Sequence[int]) -> dict[str, Cost]:
         _forward(model, image)
     names = sorted(dict.fromkeys([*params, *flops]), key=lambda part: (part != 'backbone', part != 'neck'))  # then as defined
     parts = {part: Cost(params[part], flops[part] // 2) for part in names}
-    return {**parts, 'total': sum(parts.values(), Cost(0, 0))}
+    return {**parts, 'total': Cost(sum(params.values()), sum(flops.values()) // 2)}
 
 
 def _part(name: str) -> str:
