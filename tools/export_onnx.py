@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
@@ -48,15 +49,14 @@ def main(argv: list[str] | None = None) -> None:
         raise LaunchError(f'{args.config} has the backbone {type(backbone).__name__}, but only RevCol can be exported')
     load_weights(model, args.checkpoint)
     try:
-        deviations = export_onnx(backbone, args.out, args.check or SIZES, args.opset, args.force)
+        differences = export_onnx(backbone, args.out, args.check or SIZES, args.opset, args.force)
     except (ValueError, RuntimeError) as error:
         raise LaunchError(str(error)) from error
-    for (height, width), deviation in deviations.items():
-        print(f'{height}×{width}: onnxruntime and torch differ by {deviation:.1e} of the largest value')
+    for (height, width), difference in differences.items():
+        print(f'{height}×{width}: onnxruntime and torch differ by {difference:.1e} of the largest value')
     print(f'written: {args.out}')
 
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are cleared away
-    with plain_errors():
-        main()
+    main()

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
-from revcol_mm.apis.errors import LaunchError  # noqa: E402
+from revcol_mm.apis.errors import LaunchError, plain_errors  # noqa: E402
 from revcol_mm.utils.flops import count, default_shape  # noqa: E402
 
 
@@ -26,10 +26,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+@plain_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter('ignore')  # the heads' warnings about their losses matter only for training
     cfg = load_config(args)
-    height, width = args.shape or default_shape(cfg)
-    parts = count(cfg, (height, width))
+    try:
+        height, width = args.shape or default_shape(cfg)
+        parts = count(cfg, (height, width))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
+        raise LaunchError(error.args[0]) from error
     rows = [(part, f'{cost.params / 1e6:,.2f}M', f'{cost.macs / 1e9:,.2f}G') for part, cost in parts.items()]
     size = max(len(part) for part in parts)
     print(f'{args.config}, one image of {height}×{width}')
@@ -37,16 +44,6 @@ def run(args: argparse.Namespace) -> None:
         print(f'  {part:{size}}  {params:>12}  {macs:>12}')
     print('FLOPs are multiply-adds of convolutions, linear layers, matrix products and attention.'
           + (' Two-stage heads: 1000 boxes and 100 masks per stage.' if any('roi_head' in part for part in parts) else ''))
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # the heads' warnings about their losses matter only for training
-    try:
-        run(args)
-    except (LaunchError, ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
-        sys.exit(f'error: {error.args[0]}')
 
 
 if __name__ == '__main__':

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.apis.config import load_config  # noqa: E402
-from revcol_mm.apis.errors import LaunchError  # noqa: E402
-from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
+from revcol_mm.apis.errors import plain_errors  # noqa: E402
+from revcol_mm.checkpoint import read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
 from revcol_mm.converters import export_official, import_checkpoint  # noqa: E402
 
@@ -35,7 +35,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+@plain_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     stem, extension = os.path.splitext(os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint)
     out = args.out or f'{stem}_{"official" if args.to_official else "mm"}{extension}'
     check_output(out, args.checkpoint, args.force)
@@ -51,14 +53,6 @@ def run(args: argparse.Namespace) -> None:
             write_checkpoint(converted, file, out.endswith('.safetensors'))
     print(report)
     print(f'written:     {"nothing (dry run)" if args.dry_run else out}')
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (CheckpointError, LaunchError, OSError) as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
-from revcol_mm.apis.inference import Numbering, build_inferencer, check_folder, find_images, predict  # noqa: E402
+from revcol_mm.apis.inference import Numbering, build_inferencer, find_images, predict  # noqa: E402
+from revcol_mm.checkpoint.files import check_folder  # noqa: E402
 
 SOME_LEFT_OUT = 3
 
@@ -40,11 +41,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
     paths = find_images(args.images)
-    check_folder(args.out)
+    check_folder(args.out, make=True)
     numbering = Numbering.from_annotations(args.ann_file) if args.ann_file else None
     inferencer = build_inferencer(cfg, args.checkpoint, args.device, args.deploy)
     if numbering:
@@ -60,5 +62,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    with plain_errors():
-        main()
+    main()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from revcol_mm.apis.errors import LaunchError, plain_errors  # noqa: E402
 from revcol_mm.datasets import make_digits  # noqa: E402
 
 
@@ -20,12 +21,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@plain_errors()
 def main() -> None:
     args = parse_args()
     try:
         written = make_digits(args.root, args.num_train, args.num_val, args.size, args.seed)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f'error: {error}')
+        raise LaunchError(str(error)) from error
     if written:
         print(f'{args.root}: {args.num_train} training and {args.num_val} validation images')
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
+from revcol_mm.apis.errors import plain_errors  # noqa: E402
 from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
 from revcol_mm.converters import PaddingReport, pad_checkpoint  # noqa: E402
@@ -68,7 +69,9 @@ def describe(report: PaddingReport, output: str) -> str:
     return '\n'.join(lines + [f'  load it with kernel_size={report.size} in the backbone'])
 
 
-def run(args: argparse.Namespace) -> None:
+@plain_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     outputs = {size: output_name(args, size) for size in args.size}
     paths = [*outputs.values(), *([args.report] if args.report else [])]
     targets = set()
@@ -92,14 +95,6 @@ def run(args: argparse.Namespace) -> None:
             files.enter_context(write_whole(args.report, replace=args.force)).write(text.encode())
     for path, report in reports.items():
         print(describe(report, path + (' (dry run, not written)' if args.dry_run else '')))
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (CheckpointError, OSError) as error:
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':

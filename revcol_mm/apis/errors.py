@@ -21,10 +21,14 @@ class LaunchError(RuntimeError):
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the program with one sentence and exit status 1 for errors that the user can remedy. Others keep their traceback."""
+    """Ends the program with one sentence and exit status 1 for errors that the user can remedy. Others keep their traceback.
+
+    It is a context, and a decorator for the ``main`` of a tool.
+    """
     try:
         yield
-    except (LaunchError, CheckpointError, FileNotFoundError) as error:
+    except (LaunchError, CheckpointError, FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError,
+            PermissionError) as error:
         sys.exit(f'error: {error}')
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
