@@ -47,22 +47,25 @@ def load_config(args: argparse.Namespace) -> Config:
         LaunchError: if the config or a package that it needs is missing, or if the config cannot be read.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not osp.isfile(args.config):
-        args.config = _find_own_config(args.config)
+    if not osp.isfile(args.config):  # one of the package's own, configs/x.py or x, also outside of the checkout
+        try:
+            args.config = config_path(args.config.removeprefix('configs/'))
+        except FileNotFoundError as error:
+            raise LaunchError(f'there is no config {args.config} (looked from {os.getcwd()}), and {error}') from error
     try:
         cfg = Config.fromfile(args.config)
+        if args.cfg_options is not None:
+            try:
+                cfg.merge_from_dict(args.cfg_options)
+            except (TypeError, KeyError, IndexError) as error:
+                raise LaunchError(f'--cfg-options do not fit {args.config}: {error}') from error
+            import_modules_from_strings(**(cfg.get('custom_imports') or dict(imports=[])))  # the options may name further ones
     except ImportError as error:
         raise LaunchError(_name_missing_package(error, args.config)) from error
     except FileNotFoundError as error:
         raise LaunchError(f'{args.config} inherits from a file that does not exist: {error}') from error
     except (SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError, OSError) as error:  # OSError: no .py file
         raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
-    if args.cfg_options is not None:
-        try:
-            cfg.merge_from_dict(args.cfg_options)
-        except (TypeError, KeyError, IndexError) as error:
-            raise LaunchError(f'--cfg-options do not fit {args.config}: {error}') from error
-        _import_extras(cfg, args.config)  # --cfg-options may name further modules
 
     scope = cfg.get('default_scope') or 'mmengine'
     if scope in PACKAGES:
@@ -79,30 +82,12 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _find_own_config(name: str) -> str:
-    """The path of the package's config of this name, ``configs/x.py`` or ``x``, which works outside of the checkout too."""
-    try:
-        return config_path(name.removeprefix('configs/'))
-    except FileNotFoundError as error:
-        raise LaunchError(f'there is no config {name} (looked from {os.getcwd()}), and {error}') from error
-
-
-def _import_extras(cfg: Config, config: str) -> None:
-    extras = cfg.get('custom_imports')
-    try:
-        if extras:
-            import_modules_from_strings(**extras)
-    except ImportError as error:
-        raise LaunchError(_name_missing_package(error, config)) from error
-
-
 def _name_missing_package(error: ImportError, config: str) -> str:
     """Names the package to install. mmengine replaces the exception that holds the name of the missing module."""
     cause: BaseException | None = error
     while cause is not None:
-        name = getattr(cause, 'name', None)
-        if isinstance(cause, ModuleNotFoundError) and name:
-            package = name.partition('.')[0]
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            package = cause.name.partition('.')[0]
             if package == 'revcol_mm' and importlib.util.find_spec('revcol_mm') is not None:
                 break
             return f'{config} needs the package {package}, which is not installed: pip install {PACKAGES.get(package, package)}'

@@ -52,15 +52,11 @@ def fit_to_cpu(cfg: Config) -> None:
 
 
 def _replace_sync_bn(node) -> bool:
-    found = False
-    if isinstance(node, dict):
-        if node.get('type') in ('SyncBN', 'MMSyncBN', 'naiveSyncBN'):
-            node['type'] = 'BN'
-            found = True
-        node = node.values()
-    elif not isinstance(node, (list, tuple)):
-        return False
-    return any([_replace_sync_bn(value) for value in node]) or found
+    found = isinstance(node, dict) and node.get('type') in ('SyncBN', 'MMSyncBN', 'naiveSyncBN')
+    if found:
+        node['type'] = 'BN'
+    parts = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+    return any([_replace_sync_bn(part) for part in parts]) or found
 
 
 def _init_gloo(launcher: str, timeout: float | None = None) -> None:

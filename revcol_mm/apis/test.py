@@ -5,6 +5,7 @@ import os.path as osp
 from typing import Sequence
 
 from mmengine.config import Config
+from mmengine.registry import METRICS
 
 from .checks import check_checkpoint, check_data
 from .config import add_run_arguments, load_config
@@ -60,7 +61,8 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
             evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg, loads_whole_model=True)
     if dump:
-        runner.test_evaluator.metrics.append(_build_dump(scope, args.out))
+        kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
+        runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
     with build_errors(cfg, runner):
         metrics = runner.test()
     del runner
@@ -82,11 +84,3 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
         hook.test_out_dir = osp.abspath(args.show_dir)  # a relative one would lie in the work folder
-
-
-def _build_dump(scope: str, path: str):
-    if scope == 'mmdet':
-        from mmdet.evaluation import DumpDetResults as Dump
-    else:
-        from mmengine.evaluator import DumpResults as Dump
-    return Dump(out_file_path=path)

@@ -1,5 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Layer-wise learning-rate decay for every model whose backbone tells the depth of its parameters."""
+import itertools
+
 import torch
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -9,8 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from ...reversible import ReversibleColumn
 
-#: What wrappers put into the names of parameters: DDP, FSDP, activation checkpointing, torch.compile.
-_WRAPPERS = ('module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
+#: What FSDP, activation checkpointing and torch.compile put into the names of parameters. DDP puts 'module' in front.
+_WRAPPERS = ('_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_orig_mod')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -109,10 +111,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 def _clean(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
-    parts = name.split('.')
-    while parts and parts[0] == 'module':
-        parts = parts[1:]
-    return '.'.join(part for part in parts if part not in _WRAPPERS[1:])
+    parts = itertools.dropwhile(lambda part: part == 'module', name.split('.'))
+    return '.'.join(part for part in parts if part not in _WRAPPERS)
 
 
 def _find_backbones(model: nn.Module) -> dict[str, nn.Module]:
