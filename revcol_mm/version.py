@@ -7,8 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 __version__ = '0.1.0'
 
 # Import package -> the distributions that provide it -> the oldest and the newest release series (major, minor) that the tests
-# were run with; docs/installation.md says how. One without is listed so that it is recognised as too old.
-TESTED_VERSIONS = {
+# were run with; docs/installation.md says how. None: a distribution that is always too old; it is
+# listed so that the error says so, and not that the package is missing.
+TESTED_VERSIONS: dict[str, dict[str, tuple[tuple[int, int], tuple[int, int]] | None]] = {
     'torch': {'torch': ((2, 12), (2, 15))},
     'mmengine': {'mmengine': ((0, 10), (0, 10)), 'onedl-mmengine': ((0, 10), (0, 10)), 'mmengine-lite': ((0, 10), (0, 10))},
     'mmcv': {'mmcv': ((2, 1), (2, 1)), 'mmcv-lite': ((2, 1), (2, 1)), 'onedl-mmcv': ((2, 3), (2, 3)), 'mmcv-full': None},
@@ -18,14 +19,7 @@ TESTED_VERSIONS = {
 }
 REQUIRED = ('torch', 'mmengine', 'mmcv')
 # torch 2.6 is the first whose safe loading takes stand-ins by name, which mmengine's checkpoints need.
-MINIMUM_VERSIONS = {
-    'torch': (2, 6),
-    'mmengine': (0, 10),
-    'mmcv': (2, 0),
-    'mmdet': (3, 0),
-    'mmseg': (1, 0),
-    'mmpretrain': (1, 0),
-}
+MINIMUM_VERSIONS = dict(torch=(2, 6), mmengine=(0, 10), mmcv=(2, 0), mmdet=(3, 0), mmseg=(1, 0), mmpretrain=(1, 0))
 
 
 def installed_version(package: str) -> tuple[str, str] | None:
@@ -80,5 +74,5 @@ def _join(series: tuple[int, int]) -> str:
 
 
 def _describe(tested: dict[str, tuple[tuple[int, int], tuple[int, int]] | None]) -> str:
-    """'torch 2.12 to 2.14', 'mmcv 2.1, mmcv-lite 2.1'."""
+    """Returns the tested versions as text: 'torch 2.12 to 2.15', 'mmcv 2.1, mmcv-lite 2.1, onedl-mmcv 2.3'."""
     return ', '.join(f'{name} {" to ".join(dict.fromkeys(map(_join, series)))}' for name, series in tested.items() if series)

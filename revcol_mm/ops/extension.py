@@ -58,6 +58,11 @@ def install() -> None:
     Importing revcol_mm calls it, before anything imports mmcv.ops. It does not import torchvision and writes no file.
     Calling it again changes nothing.
 
+    It changes: ``sys.modules['mmcv._ext']`` becomes the module of this package's operators. Modules of ``mmcv.ops`` that were
+    imported before, without success, get it as their ``ext_module``, and mmcv's transformer module gets the class
+    ``MultiScaleDeformableAttention``. Reason: PyPI has the compiled mmcv as source only. Remove it when there are wheels of
+    mmcv for the tested versions of torch, or when mmcv runs without compiled operators.
+
     Warns:
         UserWarning: If several distributions own the folder mmcv/, or if mmcv's compiled operators do not work, in which case
             those of this package are used.
