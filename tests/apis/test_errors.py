@@ -20,7 +20,8 @@ def test_what_the_user_can_remedy_ends_with_one_sentence(error):
         main()
 
 
-@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error', 'x'), ValueError('x')], ids=['OSError', 'ValueError'])
+@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error', 'x'), ValueError('x')],
+                         ids=lambda error: type(error).__name__)
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), plain_errors():
         raise error
