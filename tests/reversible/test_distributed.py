@@ -87,8 +87,8 @@ def compare(net, start, state, tolerance) -> None:
             assert torch.equal(value, start[name]) and torch.equal(state[name], start[name]), name
             continue
         moved = (value - start[name]).norm()
-        assert moved > 5e-6, f'{name}: beside the 1e-7 for rounding a lost or doubled gradient must stand out'
-        assert (state[name] - value).norm() <= tolerance * moved + 1e-7, name
+        assert moved > 5e-6, f'{name}: beside the 3e-7 for rounding a lost or doubled gradient must stand out'
+        assert (state[name] - value).norm() <= tolerance * moved + 3e-7, name  # weights near 1 are rounded to 1.2e-7
 
 
 @pytest.mark.parametrize('wrap', ['ddp', 'ddp_unused', 'ddp_static', 'fsdp', 'fsdp_columns', 'fully_shard'])
