@@ -115,12 +115,21 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
     if kind is None:
         raise LaunchError(f'runner_type must be Runner, FlexibleRunner or another registered one, but got {cfg.runner_type!r}')
     with build_errors(cfg):
+        _add_exact_resume(cfg)
         if get_device() == 'cpu':
             fit_to_cpu(cfg)
         runner = type(kind.__name__, (SafeSaving, WorkersEndWithTraining, CheckedLoading, kind), {}).from_cfg(cfg)
     runner.loads_whole_model = loads_whole_model
     runner.logger.info(ops.describe())
     return runner
+
+
+def _add_exact_resume(cfg: Config) -> None:
+    """Adds ExactResumeHook where a config does not name it. ``default_hooks.exact_resume=None`` leaves it out."""
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    if not any(isinstance(hook, dict) and str(hook.get('type')).endswith('ExactResumeHook') for hook in hooks):
+        cfg.default_hooks = dict(cfg.get('default_hooks') or {})
+        cfg.default_hooks.setdefault('exact_resume', dict(type='ExactResumeHook'))
 
 
 def leave_process_group() -> None:

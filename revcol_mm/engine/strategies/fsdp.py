@@ -76,6 +76,11 @@ class RevColFSDPStrategy(FSDPStrategy):
         super().load_model_state_dict(state_dict, strict=strict, **kwargs)
 
     def optim_state_dict(self) -> dict:
+        # torch keeps the entries of an optimizer only. The wrapper adds others: the learning rate that the log shows as
+        # base_lr, and the loss scale.
+        return {**self._gather_optimizer(), **_entries_of_wrapper(self.optim_wrapper.state_dict())}
+
+    def _gather_optimizer(self) -> dict:
         if get_device() != 'cpu':
             return super().optim_state_dict()
         # torch gathers all kinds of state (such as both moments of Adam) into the same memory, and copies it only from a GPU.
@@ -92,6 +97,14 @@ class RevColFSDPStrategy(FSDPStrategy):
         return whole
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
+        entries = _entries_of_wrapper(state_dict)
+        state_dict = {key: value for key, value in state_dict.items() if key not in entries}
         # mmengine passes these by position, in an order that torch has changed.
-        self.optim_wrapper.load_state_dict(FSDP.optim_state_dict_to_load(
-            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict))
+        loaded = FSDP.optim_state_dict_to_load(
+            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict)
+        self.optim_wrapper.load_state_dict({**loaded, **entries})
+
+
+def _entries_of_wrapper(state_dict: dict) -> dict:
+    """The entries of an optimizer wrapper's state dict that are not the optimizer's."""
+    return {key: value for key, value in state_dict.items() if key not in ('state', 'param_groups')}
