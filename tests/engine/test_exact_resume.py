@@ -99,8 +99,10 @@ def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, r
         default_hooks['exact_resume'] = dict(type='ExactResumeHook')
     validation = dict(val_dataloader=dict(dataset=Noise(), batch_size=5, num_workers=0, sampler=dict(
         type='DefaultSampler', shuffle=False)), val_cfg=dict(), val_evaluator=[Metric()]) if val else {}
+    torch.manual_seed(0)  # the first weights: the model is made before the runner seeds
+    model = Toy()
     runner = Runner(
-        Toy(), str(folder), experiment_name=f'{folder.name}{time.time_ns()}', train_cfg=train_cfg,
+        model, str(folder), experiment_name=f'{folder.name}{time.time_ns()}', train_cfg=train_cfg,
         train_dataloader=loader or dict(dataset=Noise(), batch_size=batch_size, num_workers=workers,
                                         persistent_workers=persistent, sampler=dict(type=sampler, shuffle=True)),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2), accumulative_counts=accumulate),
