@@ -112,6 +112,8 @@ def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, r
         runner.train()
     except KeyboardInterrupt:
         assert recorder.stop is not None
+    # Workers end now: Python's garbage collector would end them after their queues, which takes five seconds each.
+    runner.train_loop.dataloader_iterator = runner.train_loop.dataloader._iterator = None
     recorder.runner = runner
     return recorder
 

@@ -96,8 +96,9 @@ SHORT = ('train_cfg.max_iters=6', 'default_hooks.checkpoint.interval=2', 'train_
 DEMOS = {
     'cascade_rcnn_revcol_nano_digits': SHORT,
     'upernet_revcol_nano_digits': SHORT,
+    # Six iterations an epoch.
     'revcol_nano_digits_cls': ('train_cfg.max_epochs=2', 'train_dataloader.batch_size=256',
-                               'default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=4'),  # epochs of six
+                               'default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=4'),
 }
 
 
