@@ -8,6 +8,7 @@ from typing import Mapping
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
@@ -31,10 +32,15 @@ class CheckedLoading:
 
     mmengine's runners load the weights that fit, and only warn of the others. A run that tests or resumes needs all weights. A
     training that starts from ``load_from`` needs some: heads for other classes may differ, and mmengine logs what is left out.
+    A file of weights alone, such as a ``.safetensors`` file, is a checkpoint, too.
     """
 
     #: Whether the checkpoint and the model must have the same weights.
     loads_whole_model = False
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_hook(_WeightsAlone())
 
     def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs):
         """As mmengine's.
@@ -92,6 +98,18 @@ class CheckedLoading:
         kernels = compare_kernels(own, weights, filename, pads)
         if kernels:
             raise CheckpointError(f'{filename} has {kernels}')
+
+
+class _WeightsAlone(Hook):
+    """Puts the weights of a file that holds nothing else where mmengine's strategies and EMAHook look for them."""
+
+    priority = 'HIGHEST'
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if 'state_dict' not in checkpoint:
+            weights = dict(checkpoint)
+            checkpoint.clear()
+            checkpoint['state_dict'] = weights
 
 
 def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | FlexibleRunner:

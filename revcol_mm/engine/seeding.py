@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Where a process's random numbers come from, and which batch of the data is next: what a run needs to go on exactly."""
 import random
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -152,17 +152,12 @@ class IterationBatches:
         return batch
 
     def _begin(self) -> _InfiniteDataloaderIterator:
-        set_epoch(self.loader, self.first_pass)
+        sampler = getattr(self.loader.batch_sampler, 'sampler', None)
+        if hasattr(sampler, 'set_epoch'):
+            sampler.set_epoch(self.first_pass)
         states = generator_states() if self.keep_states else None
         iterator = _InfiniteDataloaderIterator(self.loader)
         if states:
             set_generator_states(states)
         iterator._epoch = self.first_pass
         return iterator
-
-
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Tells the sampler the pass over the data, if it wants to know it."""
-    set_epoch_of: Callable | None = getattr(getattr(loader.batch_sampler, 'sampler', None), 'set_epoch', None)
-    if set_epoch_of is not None:
-        set_epoch_of(epoch)

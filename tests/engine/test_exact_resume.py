@@ -319,7 +319,7 @@ def test_other_workers_go_on_and_say_so(tmp_path, warnings_of):
     assert any('not exact: the checkpoint was written with 1 data-loader workers' in message for message in warnings_of)
     warnings_of.clear()
     run(tmp_path, resume='iter_8.pth', workers=2)
-    assert any('there are 2 now: resuming is not exact where transforms keep' in message for message in warnings_of)
+    assert any('now there are 2: resuming is not exact where transforms keep' in message for message in warnings_of)
 
 
 def test_another_batch_size_goes_on_without_losing_samples(tmp_path, warnings_of):

@@ -20,20 +20,19 @@ class ExactResumeHook(Hook):
     """A resumed run goes on bit by bit as the uninterrupted one would have.
 
     Checkpoints get an entry ``exact_resume``: for every process its place in the data and the states of its random number
-    generators (torch on the CPU and the GPU, numpy, Python). Resuming restores them. The batches that were had before are not
-    read again: the sampler is advanced instead, also to the middle of an epoch.
+    generators (torch on the CPU and the GPU, numpy, Python). Resuming restores them, also in the middle of an epoch. The
+    batches that the run had before are not read again: the sampler is advanced instead.
 
-    With data-loader workers, every batch is read with random numbers that follow from the run's seed, the process's rank, the
-    pass over the data and the batch's number in it. So they do not depend on how many workers there are, and passes differ
-    (mmengine seeds workers that are not persistent alike in every epoch). What a validation draws is undone, so that it does
-    not matter whether it was run.
+    With data-loader workers, the seeds of a batch follow from the run's seed, the process's rank, the pass over the data and
+    the batch's number in it. So they do not depend on the number of workers, and passes differ (mmengine seeds workers that
+    are not persistent alike in every epoch). What a validation draws is undone.
 
     Between two updates of an accumulated gradient, one process stores the gradients, too. Several processes have different
-    ones, which are not stored: the log has a warning.
+    gradients, which are not stored; the log has a warning.
 
-    Not covered, and named in the log where it can be known: states that a data set or a transform keeps from sample to sample
-    (generators of its own, images for mosaics), iterable data sets, train loops other than mmengine's two, and checkpoints of
-    hooks that are not mmengine's CheckpointHook, in runs of several processes.
+    Not covered: states that a data set, a transform or a part of the model keeps outside the checkpoint, iterable data sets,
+    and train loops other than mmengine's two. In runs of several processes, checkpoints of hooks other than mmengine's
+    CheckpointHook are not covered either.
 
     In a config: ``default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))``. The package's tools add it.
     """
@@ -42,119 +41,108 @@ class ExactResumeHook(Hook):
     priority = 85
 
     def __init__(self) -> None:
-        self.loaded: dict | None = None
-        self.processes: list[dict | None] = []
-        self.position: dict[str, int] = {}
+        self.loaded: dict = {}  # the entry of the checkpoint that was loaded last
+        self.processes: list[dict] = []  # what all processes gave when they met last
+        self.position: dict[str, int] = {}  # epochs and iterations that are done, and batches of the pass
+        self.batches: NumberedBatches | None = None
         self.before_validation: dict | None = None
         self.warned_of_gradients = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        self.loaded = checkpoint.get('exact_resume')
+        self.loaded = checkpoint.get('exact_resume') or {}
 
     def before_train(self, runner) -> None:
         if sum(isinstance(hook, ExactResumeHook) for hook in runner.hooks) > 1:
             raise ValueError('ExactResumeHook must stand once among the hooks of a run, but it stands there several times: '
                              'remove it from custom_hooks, or from default_hooks')
-        loop, resumed = runner.train_loop, runner.iter > 0
-        self.by_epoch = isinstance(loop, EpochBasedTrainLoop)
-        self.seed, self.position = runner.seed, dict(epoch=runner.epoch, iter=runner.iter, batch=0)
-        self.batches: NumberedBatches | None = None
+        loop, loader, resumed = runner.train_loop, runner.train_loop.dataloader, runner.iter > 0
+        self.by_epoch, self.batches, self.seed = isinstance(loop, EpochBasedTrainLoop), None, runner.seed
         reason = _why_not(loop)
         if reason:
             runner.logger.warning(f'this run cannot be resumed exactly: {reason}')
             return
-        loader = loop.dataloader
-        place = self._place(runner, loader) if resumed else None
-        if place and 'seed' in place:
-            self.seed = place['seed']
-        renewed = resumed or (loader.num_workers and not self.by_epoch)
-        inner = _fresh_batch_sampler(runner, loader, (place or {}).get('sampler_seed')) if renewed else loader.batch_sampler
+        place = self._find_place(runner, loader) if resumed else {}
+        self.seed = place.get('seed', self.seed)
+        self.position = dict(epoch=runner.epoch, iter=runner.iter, batch=place.get('batch', 0))
+        # The workers of an iteration loop have begun to read: with other seeds, and from the first batch on.
+        has_begun = loader.num_workers and not self.by_epoch
+        inner = loader.batch_sampler
+        if resumed or has_begun:
+            inner = _fresh_batch_sampler(runner, loader, place.get('sampler_seed'))
         if isinstance(inner, NumberedBatches):  # of an earlier run in this process
             inner = inner.batch_sampler
         self.batches = NumberedBatches(inner, (self.seed, get_rank()) if loader.num_workers else None)
-        # DataLoader refuses an assignment. No iterator of it is in use: mmengine's is replaced below.
-        vars(loader)['batch_sampler'] = self.batches
-        if self.by_epoch:
-            self._continue_epoch(runner, place)
-        else:
-            self._continue_iterations(loop, loader, place)
-        self.loaded = None
+        vars(loader)['batch_sampler'] = self.batches  # DataLoader refuses an assignment
+        if resumed:
+            self._restore_gradients(runner)
+        if not self.by_epoch:
+            self._skip(place)
+            if resumed or has_begun:
+                loop.dataloader_iterator = loader._iterator = None
+            loop.dataloader_iterator = IterationBatches(loader, loop.iter, keep_states=not (resumed or has_begun))
+        elif place.get('batch'):
+            runner.logger.info(f'going on in epoch {loop.epoch + 1} after batch {place["batch"]} of {len(loader)}')
+            self._skip(place)
+            run_iter = loop.run_iter
+            loop.run_iter = lambda idx, data_batch: run_iter(idx + place['batch'], data_batch)  # until the epoch ends
+        elif 'now' in place:
+            set_generator_states(place['now'])
+        self.loaded = {}
 
-    def _place(self, runner, loader: DataLoader) -> dict[str, Any]:
-        """Where this process goes on: ``epoch``, ``iter``, ``pass`` over the data, ``batch``, and what else was stored."""
-        length, rank, processes = len(loader), get_rank(), get_world_size()
-        stored = self.loaded['processes'] if self.loaded else []
-        place = stored[rank] if rank < len(stored) else None
-        batch_size = getattr(loader.batch_sampler, 'batch_size', None)
-        if place and (len(stored), place['batch_size']) == (processes, batch_size):
-            runner.train_loop._epoch, runner.train_loop._iter = place['epoch'], place['iter']
-            if bool(place['workers']) != bool(loader.num_workers):
-                runner.logger.warning(
-                    f'resuming is not exact: the checkpoint was written with {place["workers"]} data-loader workers, and there '
-                    f'are {loader.num_workers} now; without workers, the data take their random numbers from the main process')
-            elif place['workers'] != loader.num_workers:
-                runner.logger.warning(
-                    f'the checkpoint was written with {place["workers"]} data-loader workers, and there are '
-                    f'{loader.num_workers} now: resuming is not exact where transforms keep images or generators from sample '
-                    'to sample; otherwise it is')
-            return place
+    def _find_place(self, runner, loader: DataLoader) -> dict[str, Any]:
+        """Where this process goes on: ``epoch``, ``iter``, ``pass`` over the data, ``batch`` in it; and all that was stored."""
+        stored, rank, settings = self.loaded.get('processes', []), get_rank(), _settings(loader)
         first = next((process for process in stored if process), None)
+        place, reason = {key: value for key, value in (first or {}).items() if key not in ('now', 'start')}, None
         if first is None:
             reason = 'the checkpoint holds no states of the random number generators, because ExactResumeHook did not write it'
-            place = dict(epoch=runner.epoch, iter=runner.iter)
-            place['pass'] = runner.epoch
-            place['batch'] = runner.iter - runner.epoch * length
-            if not self.by_epoch:
-                endless = type(getattr(loader.batch_sampler, 'sampler', None)).__name__ == 'InfiniteSampler'
-                place['pass'], place['batch'] = (0, runner.iter) if endless else divmod(runner.iter, length)
-            elif not 0 <= place['batch'] <= length:
-                place['batch'] = 0
-        elif len(stored) == processes and first['batch_size'] == batch_size:
-            reason = f'the checkpoint does not hold the states of process {rank}, because not all processes took part in saving'
-            place = {key: value for key, value in first.items() if key not in ('now', 'start')}
-        else:
-            reason = (f'the checkpoint was written by {len(stored)} processes with {first["batch_size"]} samples in a batch, '
-                      f'and there are {processes} processes with {batch_size} now')
-            place = {key: value for key, value in first.items() if key not in ('now', 'start')}
-            had = first['batch'] * (first['batch_size'] or 1) * len(stored)
-            place['batch'] = had // ((batch_size or 1) * processes)  # a part of a batch is had twice rather than not at all
+            place = self._place_without_states(runner, loader)
+        elif first['settings'] != settings:
+            reason = f'the checkpoint was written by {_describe(first["settings"])}, and now there are {_describe(settings)}'
+            had = first['batch'] * (first['settings']['batch_size'] or 1) * first['settings']['processes']
+            # A part of a batch is read twice rather than not at all.
+            place['batch'] = had // ((settings['batch_size'] or 1) * settings['processes'])
             if self.by_epoch:
-                place['batch'] = min(place['batch'], length)
-                place['iter'] = place['epoch'] * length + place['batch']
-        runner.logger.warning(f'resuming is not exact: {reason}')
+                place['batch'] = min(place['batch'], len(loader))
+                place['iter'] = place['epoch'] * len(loader) + place['batch']
+        elif stored[rank] is None:
+            reason = f'the checkpoint does not hold the states of process {rank}, because not all processes took part in saving'
+        else:
+            place = stored[rank]
+            workers = f'the checkpoint was written with {place["workers"]} data-loader workers, and now there are ' \
+                      f'{loader.num_workers}'
+            if bool(place['workers']) != bool(loader.num_workers):
+                reason = f'{workers}; without workers, the data take their random numbers from the main process'
+            elif place['workers'] != loader.num_workers:
+                runner.logger.warning(f'{workers}: resuming is not exact where transforms keep images or generators from '
+                                      'sample to sample; otherwise it is')
+        if reason:
+            runner.logger.warning(f'resuming is not exact: {reason}')
         runner.train_loop._epoch, runner.train_loop._iter = place['epoch'], place['iter']
         return place
 
-    def _continue_epoch(self, runner, place: dict | None) -> None:
-        if not place:
-            return
-        loop, first = runner.train_loop, place['batch']
-        if first:
-            runner.logger.info(f'going on in epoch {place["epoch"] + 1} after batch {first} of {len(loop.dataloader)}')
-            self._skip(place)
-            run_iter = loop.run_iter
-            loop.run_iter = lambda idx, data_batch: run_iter(idx + first, data_batch)
-        elif 'now' in place:
-            set_generator_states(place['now'])
-        self._restore_gradients(runner)
-
-    def _continue_iterations(self, loop: IterBasedTrainLoop, loader: DataLoader, place: dict | None) -> None:
-        if place:
-            self._skip(place)
-            self._restore_gradients(loop.runner)
-        if place or loader.num_workers:
-            # Its workers have begun to read: with other seeds, and from the first batch on.
-            loop.dataloader_iterator = loader._iterator = None
-        loop.dataloader_iterator = IterationBatches(loader, loop.iter, keep_states=not (place or loader.num_workers))
+    def _place_without_states(self, runner, loader: DataLoader) -> dict[str, int]:
+        length = len(loader)
+        if self.by_epoch:
+            batch = runner.iter - runner.epoch * length
+            number, batch = runner.epoch, batch if 0 <= batch <= length else 0
+        elif type(getattr(loader.batch_sampler, 'sampler', None)).__name__ == 'InfiniteSampler':
+            number, batch = 0, runner.iter
+        else:
+            number, batch = divmod(runner.iter, length)
+        return {'epoch': runner.epoch, 'iter': runner.iter, 'pass': number, 'batch': batch}
 
     def _skip(self, place: dict) -> None:
-        self.batches.next_pass, self.batches.skip = place['pass'], place['batch']
+        self.batches.next_pass, self.batches.skip = place.get('pass', 0), place.get('batch', 0)
         if 'now' in place:
             self.batches.states = place['start'], place['now']
 
     def _restore_gradients(self, runner) -> None:
-        gradients = (self.loaded or {}).get('gradients')
-        if gradients:
+        gradients = self.loaded.get('gradients', {})
+        if gradients is None:
+            runner.logger.warning('resuming is not exact: the checkpoint lies between two updates of an accumulated gradient, '
+                                  'and several processes do not store their gradients')
+        elif gradients:
             for name, parameter in _plain(runner.model).named_parameters():
                 if name in gradients:
                     parameter.grad = gradients[name].to(parameter.device, copy=True)
@@ -164,17 +152,19 @@ class ExactResumeHook(Hook):
         if self.by_epoch and self.batches is not None:
             self.batches.next_pass = runner.epoch
 
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        # Hooks save after the step. Those before this one in the order do so before its after_train_iter.
+        if self.batches is not None:
+            batch = batch_idx + 1 if self.by_epoch else runner.train_loop.dataloader_iterator.taken
+            self.position = dict(epoch=runner.epoch, iter=runner.iter + 1, batch=batch)
+
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs: dict | None = None) -> None:
-        taken = batch_idx + 1
-        if not self.by_epoch and self.batches is not None:
-            taken = runner.train_loop.dataloader_iterator.taken
-        self.position = dict(epoch=runner.epoch, iter=runner.iter + 1, batch=taken)
         if any(not hook.by_epoch and (hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
                                       or hook.save_last and hook.is_last_train_iter(runner)) for hook in _savers(runner)):
             self._gather(runner)
 
     def after_train_epoch(self, runner) -> None:
-        if self.by_epoch:
+        if self.by_epoch and self.batches is not None:
             vars(runner.train_loop).pop('run_iter', None)  # the next epoch counts from 0
             self.position = dict(epoch=runner.epoch + 1, iter=runner.iter, batch=0)
         if any(hook.by_epoch and (hook.every_n_epochs(runner, hook.interval, hook.save_begin)
@@ -183,7 +173,7 @@ class ExactResumeHook(Hook):
 
     def before_val(self, runner) -> None:
         self.before_validation = generator_states()
-        if self.position and any(hook.save_best for hook in _savers(runner)):
+        if any(hook.save_best for hook in _savers(runner)):
             self._gather(runner)  # validation may write checkpoints; all processes are here, but not all write
 
     def after_val(self, runner) -> None:
@@ -191,40 +181,44 @@ class ExactResumeHook(Hook):
             set_generator_states(self.before_validation)
         self.before_validation = None
 
-    def _own(self, runner) -> dict[str, Any]:
-        own = dict(self.position, seed=int(self.seed), now=self.before_validation or generator_states())
-        if self.batches is not None:
-            loader = runner.train_loop.dataloader
-            sampler_seed = getattr(getattr(self.batches, 'sampler', None), 'seed', None)
-            own.update(start=self.batches.start, workers=loader.num_workers, sampler_seed=sampler_seed,
-                       batch_size=getattr(self.batches, 'batch_size', None))
-            own['pass'] = self.position['epoch'] if self.by_epoch else self.batches.pass_number
-        return own
-
     def _gather(self, runner) -> None:
-        self.processes = all_gather_object(self._own(runner))
+        if self.batches is not None:
+            self.processes = all_gather_object(self._own(runner))
+
+    def _own(self, runner) -> dict[str, Any]:
+        """What this process stores."""
+        loader = runner.train_loop.dataloader
+        return {**self.position, 'pass': self.position['epoch'] if self.by_epoch else self.batches.pass_number,
+                'start': self.batches.start, 'now': self.before_validation or generator_states(), 'seed': int(self.seed),
+                'sampler_seed': getattr(getattr(self.batches, 'sampler', None), 'seed', None),
+                'workers': loader.num_workers, 'settings': _settings(loader)}
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        rank, processes = get_rank(), self.processes
         if self.batches is None:
             return
+        rank, processes = get_rank(), self.processes
         if not processes or any(processes[rank][key] != value for key, value in self.position.items()):
-            # Saved by another hook: the other processes may not be here, so they cannot be asked.
+            # Another hook saves. The other processes may not be here, so they cannot be asked.
             processes = [None] * get_world_size()
             processes[rank] = self._own(runner)
-        entry: dict[str, Any] = dict(processes=processes)
+        checkpoint['exact_resume'] = dict(processes=processes)
+        # After a validation, mmengine's CheckpointHook writes numbers that are too high by one.
+        checkpoint['meta'].update(epoch=self.position['epoch'], iter=self.position['iter'])
         if 'optimizer' in checkpoint and _between_updates(runner.optim_wrapper):
-            if len(processes) == 1:
-                entry['gradients'] = {name: parameter.grad.detach().cpu()
-                                      for name, parameter in _plain(runner.model).named_parameters()
-                                      if parameter.grad is not None}
-            elif not self.warned_of_gradients:
-                self.warned_of_gradients = True
-                runner.logger.warning(
-                    f'the checkpoint of iteration {self.position["iter"]} lies between two updates of an accumulated gradient, '
-                    'and with several processes the gradients are not stored: resuming from it is not exact. Save every N '
-                    'iterations, where N is a multiple of optim_wrapper.accumulative_counts')
-        checkpoint['exact_resume'] = entry
+            self._store_gradients(runner, checkpoint['exact_resume'])
+
+    def _store_gradients(self, runner, entry: dict) -> None:
+        if get_world_size() == 1:
+            entry['gradients'] = {name: parameter.grad.detach().cpu()
+                                  for name, parameter in _plain(runner.model).named_parameters() if parameter.grad is not None}
+            return
+        entry['gradients'] = None
+        if not self.warned_of_gradients:
+            self.warned_of_gradients = True
+            runner.logger.warning(
+                f'the checkpoint of iteration {self.position["iter"]} lies between two updates of an accumulated gradient, and '
+                'with several processes the gradients are not stored: resuming from it is not exact. Save every N iterations, '
+                'where N is a multiple of optim_wrapper.accumulative_counts')
 
 
 def _why_not(loop: Any) -> str | None:
@@ -238,6 +232,16 @@ def _why_not(loop: Any) -> str | None:
     if loader.batch_sampler is None:
         return 'the data loader must make batches, but its batch_size is None'
     return None
+
+
+def _settings(loader: DataLoader) -> dict[str, int | None]:
+    """With other ones, the samples come in another order."""
+    return dict(processes=get_world_size(), batch_size=getattr(loader.batch_sampler, 'batch_size', None),
+                samples=len(loader.dataset))
+
+
+def _describe(settings: dict) -> str:
+    return f'{settings["processes"]} processes with {settings["batch_size"]} samples in a batch of {settings["samples"]} in all'
 
 
 def _fresh_batch_sampler(runner, loader: DataLoader, seed: int | None) -> Any:

@@ -40,9 +40,12 @@ class RevColFSDPStrategy(FSDPStrategy):
     Args:
         model_wrapper (dict, optional): arguments of ``MMFullyShardedDataParallel``: ``mixed_precision``, ``cpu_offload``, …
             Default: ``auto_wrap_policy=column_network_wrap_policy``.
-        state_dict_cfg (str | dict): 'full' (one file), 'local' (a folder with one file a process), or mmengine's dict.
-            Default: 'full'.
+        state_dict_cfg (str | dict): 'full', or mmengine's dict with ``state_dict_type='FULL_STATE_DICT'``: one file. Default:
+            'full'.
         **kwargs: those of mmengine's ``FSDPStrategy``.
+
+    Raises:
+        ValueError: for another ``state_dict_cfg``, such as 'local'. Those files hold objects that safe loading refuses.
     """
 
     def __init__(self, *, model_wrapper: dict | None = None, state_dict_cfg: str | dict = 'full', **kwargs) -> None:
@@ -56,6 +59,9 @@ class RevColFSDPStrategy(FSDPStrategy):
                     state_dict_type='FULL_STATE_DICT', state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
                     optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True))
         super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
+        if self.state_dict_type != StateDictType.FULL_STATE_DICT:
+            raise ValueError("state_dict_cfg must be 'full' (one file, which every tool reads), because a run cannot be resumed "
+                             f'from checkpoints of the other kinds: safe loading refuses them; but got {state_dict_cfg!r}')
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self.shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -68,7 +74,8 @@ class RevColFSDPStrategy(FSDPStrategy):
         return optim_wrapper
 
     def load_model_state_dict(self, state_dict: dict, *, strict: bool = False, **kwargs) -> None:
-        if not strict and self.state_dict_type == StateDictType.FULL_STATE_DICT:
+        state_dict = {key.removeprefix('module.'): value for key, value in state_dict.items()}  # as without sharding
+        if not strict:
             different = [key for key, value in state_dict.items() if value.shape != self.shapes.get(key, value.shape)]
             if different:
                 print_log(f'not loaded, because the model has other shapes: {", ".join(different)}', 'current', WARNING)
