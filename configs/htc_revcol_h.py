@@ -21,6 +21,7 @@
 _base_ = ['mmdet::htc/htc_x101-64x4d-dconv-c3-c5_fpn_ms-400-1400-16xb1-20e_coco.py', './_base_/revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     backbone=dict(

@@ -3,6 +3,7 @@
 _base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', './_base_/revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     backbone=_base_.revcol_tiny,

@@ -4,6 +4,7 @@
 _base_ = ['mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     backbone=_base_.revcol_tiny,

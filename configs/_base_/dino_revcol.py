@@ -13,6 +13,7 @@
 _base_ = ['mmdet::dino/dino-5scale_swin-l_8xb2-36e_coco.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.detection'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     backbone=dict(

@@ -4,6 +4,7 @@
 _base_ = ['mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation', 'mmdet.models'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     backbone=_base_.revcol_tiny,

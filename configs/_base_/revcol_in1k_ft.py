@@ -4,6 +4,7 @@
 _base_ = ['mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py', 'mmpretrain::_base_/default_runtime.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.classification'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     type='ImageClassifier',

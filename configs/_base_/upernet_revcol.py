@@ -5,6 +5,7 @@
 _base_ = ['mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py', './revcol.py']
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
+default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
 
 model = dict(
     backbone=_base_.revcol_tiny,

@@ -74,6 +74,8 @@ param_scheduler = [
          convert_to_iter_based=True)
 ]
 default_hooks = dict(
-    logger=dict(interval=25), checkpoint=dict(interval=max_epochs, max_keep_ckpts=1))
+    logger=dict(interval=25),
+    checkpoint=dict(interval=max_epochs, max_keep_ckpts=1),
+    exact_resume=dict(type='ExactResumeHook'))
 custom_hooks = [dict(type='ReversibleDriftHook', interval=25)]
 randomness = dict(seed=0)

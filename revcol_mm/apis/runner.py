@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The runner with its checks of checkpoints, and the end of a distributed run."""
+import copy
 import gc
 import os.path as osp
 import textwrap
@@ -8,7 +9,7 @@ from typing import Mapping
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
@@ -41,6 +42,15 @@ class CheckedLoading:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.register_hook(_WeightsAlone())
+
+    def load_or_resume(self) -> None:
+        """As mmengine's."""
+        if isinstance(self, FlexibleRunner) and not self._has_loaded:
+            for hook in self.hooks:
+                if isinstance(hook, EMAHook):  # mmengine makes its model after loading, and EMAHook loads into that model
+                    hook.before_run(self)
+                    hook.before_run = lambda runner: None
+        super().load_or_resume()
 
     def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs):
         """As mmengine's.
@@ -107,7 +117,7 @@ class _WeightsAlone(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         if 'state_dict' not in checkpoint:
-            weights = dict(checkpoint)
+            weights = copy.copy(checkpoint)
             checkpoint.clear()
             checkpoint['state_dict'] = weights
 
@@ -124,8 +134,13 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
     Raises:
         LaunchError: for settings that the model, a hook or another part refuses, and for parts that do not go together.
     """
-    sharded = str((cfg.get('strategy') or {}).get('type')).endswith('FSDPStrategy')
-    if sharded and any(str(hook.get('type')).endswith('EMAHook') for hook in cfg.get('custom_hooks') or []):
+    strategy = cfg.get('strategy') or {}
+    name = str(strategy.get('type')).rpartition('.')[2]
+    if name == 'FSDPStrategy' and strategy.get('state_dict_cfg', 'local') == 'local':
+        raise LaunchError("FSDPStrategy's state_dict_cfg must be 'full', because a training cannot be resumed from checkpoints "
+                          "of the kind 'local', its default: safe loading refuses them. Use strategy.type=RevColFSDPStrategy")
+    hooks = [str(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
+    if name.endswith('FSDPStrategy') and any(hook.endswith('EMAHook') for hook in hooks):
         raise LaunchError('EMAHook copies the whole model, which is not possible with a sharded one. Without any custom hook: '
                           '--cfg-options custom_hooks="[]"; or leave this hook out in a config of your own')
     kind = cfg.get('runner_type', Runner)

@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -107,18 +108,39 @@ def test_a_resumed_run_loads_the_weights_whatever_names_mmengine_knows_them_by(t
         assert torch.equal(value, weights[key])
 
 
-def test_a_run_with_averaged_weights_resumes_both_sets_of_them(tmp_path):
+@RUNNERS
+def test_a_run_with_averaged_weights_resumes_both_sets_of_them(tmp_path, runner_type):
     average = dict(custom_hooks=[dict(type='EMAHook', momentum=0.5)])
-    build(tmp_path / 'first', 'Runner', max_iters=3, **average).train()
+    build(tmp_path / 'first', runner_type, max_iters=3, **average).train()
     path = tmp_path / 'first' / 'iter_3.pth'
     contents = torch.load(path, weights_only=True)
-    runner = build(tmp_path / 'second', 'Runner', resume=True, load_from=str(path), **average)
+    runner = build(tmp_path / 'second', runner_type, resume=True, load_from=str(path), **average)
     runner.train()  # all iterations are done: the weights stay
     # mmengine saves the averaged weights as the model's, and the model's as the averaged ones.
     assert torch.equal(runner.model.linear.weight, contents['ema_state_dict']['module.linear.weight'])
     ema, = (hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook')
     assert torch.equal(ema.ema_model.module.linear.weight, contents['state_dict']['linear.weight'])
     assert not torch.equal(runner.model.linear.weight, contents['state_dict']['linear.weight'])
+
+
+@RUNNERS
+@pytest.mark.parametrize('averaged', [False, True])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_training_starts_from_a_file_of_weights_alone(tmp_path, runner_type, suffix, averaged):
+    weights = {'linear.weight': torch.tensor([[2., 3.]]), 'linear.bias': torch.tensor([4.])}
+    path = tmp_path / f'weights{suffix}'
+    save_file(weights, path) if suffix == '.safetensors' else torch.save(weights, path)
+    hooks = [dict(type='EMAHook')] if averaged else []
+    runner = build(tmp_path / 'run', runner_type, whole=False, load_from=str(path), max_iters=0, custom_hooks=hooks)
+    runner.train()
+    for key, value in runner.model.state_dict().items():
+        assert torch.equal(value, weights[key])
+
+
+@pytest.mark.parametrize('kind', ['FSDPStrategy', 'RevColFSDPStrategy'])
+def test_sharded_checkpoints_that_cannot_be_resumed_from_are_refused_before_the_training(tmp_path, kind):
+    with pytest.raises(LaunchError, match="state_dict_cfg must be 'full', because a training cannot be resumed"):
+        build(tmp_path, 'FlexibleRunner', strategy=dict(type=kind, state_dict_cfg='local'))
 
 
 @RUNNERS

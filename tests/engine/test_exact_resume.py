@@ -141,11 +141,12 @@ def no_pause(monkeypatch):
     monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)  # between passes, two seconds
 
 
-LOADERS = [dict(workers=0), dict(workers=1), dict(workers=2), dict(workers=2, persistent=True)]
+LOADERS = [dict(workers=0), dict(workers=1), dict(workers=2), dict(workers=2, persistent=True),
+           dict(workers=1, persistent=True)]
 LOOPS = [dict(), dict(sampler='DefaultSampler'), dict(by_epoch=True)]
 
 
-@pytest.mark.parametrize('loader', LOADERS, ids=['main', 'one', 'two', 'persistent'])
+@pytest.mark.parametrize('loader', LOADERS, ids=['main', 'one', 'two', 'two-persistent', 'one-persistent'])
 @pytest.mark.parametrize('loop', LOOPS, ids=['iterations', 'passes', 'epochs'])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, loop, loader):
     whole = run(tmp_path / 'whole', **loop, **loader)
@@ -346,6 +347,37 @@ def test_weights_to_start_from_restore_no_states(tmp_path):
     fresh = run(tmp_path / 'third')
     assert torch.equal(torch.cat(recorder.seen)[:, 0], torch.cat(fresh.seen)[:, 0])
     assert len(recorder.seen) == 9
+
+
+def test_the_best_checkpoint_and_the_last_one_count_the_iterations_that_are_done(tmp_path):
+    run(tmp_path, val=4, interval=4, save_best='acc', hooks=[Renamed()], end=6)
+    for name in ('best_acc_iter_4.pth', 'iter_4.pth'):
+        contents = torch.load(tmp_path / name, weights_only=True)
+        assert contents['meta']['iter'] == contents['exact_resume']['processes'][0]['iter'] == 4
+
+
+class Saver(Hook):
+    """Saves at iteration 5, after the schedulers' step (LOW, 70) and before ExactResumeHook's turn."""
+
+    priority = 80
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == 5:
+            runner.save_checkpoint(runner.work_dir, 'own.pth', by_epoch=False)
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_a_checkpoint_of_another_hook_resumes_exactly(tmp_path, by_epoch):
+    whole = run(tmp_path, by_epoch=by_epoch, hooks=[Saver()])
+    disturb()
+    assert_same(run(tmp_path, by_epoch=by_epoch, resume='own.pth'), whole)
+
+
+def test_another_data_set_goes_on_and_says_so(tmp_path, monkeypatch, warnings_of):
+    run(tmp_path)
+    monkeypatch.setattr(Noise, '__len__', lambda self: SIZE + 2)
+    assert len(run(tmp_path, resume='iter_8.pth').seen) == 1
+    assert any('2 samples in a batch of 10 in all, and now' in message for message in warnings_of)
 
 
 def test_two_hooks_are_refused(tmp_path):

@@ -60,8 +60,8 @@ class RevColFSDPStrategy(FSDPStrategy):
                     optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True))
         super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
         if self.state_dict_type != StateDictType.FULL_STATE_DICT:
-            raise ValueError("state_dict_cfg must be 'full' (one file, which every tool reads), because a run cannot be resumed "
-                             f'from checkpoints of the other kinds: safe loading refuses them; but got {state_dict_cfg!r}')
+            raise ValueError("state_dict_cfg must be 'full', because a training cannot be resumed from checkpoints of other "
+                             f'kinds: safe loading refuses them; but got {state_dict_cfg!r}')
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self.shapes = {key: value.shape for key, value in model.state_dict().items()}
