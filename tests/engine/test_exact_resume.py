@@ -141,8 +141,8 @@ def no_pause(monkeypatch):
     monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)  # between passes, two seconds
 
 
-LOADERS = [dict(workers=0), dict(workers=1), dict(workers=2), dict(workers=2, persistent=True),
-           dict(workers=1, persistent=True)]
+LOADERS = [dict(workers=0), dict(workers=1), pytest.param(dict(workers=2), marks=pytest.mark.slow),
+           dict(workers=2, persistent=True), pytest.param(dict(workers=1, persistent=True), marks=pytest.mark.slow)]
 LOOPS = [dict(), dict(sampler='DefaultSampler'), dict(by_epoch=True)]
 
 

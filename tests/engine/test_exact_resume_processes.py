@@ -117,7 +117,7 @@ def test_two_processes_resume_exactly(tmp_path, settings):
     assert_same(load(tmp_path / 'resumed', last), load(tmp_path / 'whole', last))
 
 
-@pytest.mark.parametrize('sharded', [False, True], ids=['ddp', 'fsdp'])
+@pytest.mark.parametrize('sharded', [pytest.param(False, marks=pytest.mark.slow), True], ids=['ddp', 'fsdp'])
 def test_the_logged_learning_rate_goes_on(tmp_path, sharded):
     train_toy(tmp_path / 'whole', sharded=sharded)
     train_toy(tmp_path / 'resumed', tmp_path / 'whole' / 'iter_4.pth', sharded=sharded)
@@ -126,6 +126,7 @@ def test_the_logged_learning_rate_goes_on(tmp_path, sharded):
     assert len(set(whole.values())) == 8  # it changes in every iteration
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_of_several_processes_are_named_as_lost(tmp_path):
     train_toy(tmp_path / 'whole', accumulate=2)
     assert 'the checkpoint of iteration 1 lies between two updates' in log_of(tmp_path / 'whole')
@@ -145,7 +146,7 @@ DEMOS = {
     'cascade_rcnn_revcol_nano_digits': SHORT,
     'upernet_revcol_nano_digits': SHORT,
     # Six iterations an epoch.
-    'revcol_nano_digits_cls': ('train_cfg.max_epochs=2', 'train_dataloader.batch_size=256',
+    'revcol_nano_digits_cls': ('train_cfg.max_epochs=2', 'train_dataloader.batch_size=4', 'train_dataloader.dataset.indices=24',
                                'default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=4'),
 }
 
