@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -20,8 +21,11 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from revcol_mm.apis.runner import _add_exact_resume
 from revcol_mm.engine.hooks import ExactResumeHook
 from revcol_mm.engine.seeding import SeededBatch, generator_states, seed_worker, set_generator_states
+
+from ..common import CONFIGS
 
 SIZE = 10  # samples
 
@@ -424,3 +428,20 @@ def test_a_batch_arrives_as_a_plain_list_with_its_seeds():
     seed_worker((5, 0, 1, 2))
     assert type(received) is list and received == [3, 4]
     assert torch.equal(number, torch.rand(()))
+
+
+@pytest.mark.parametrize('name', [
+    'cascade_rcnn_revcol_t', 'htc_revcol_h', 'mask_rcnn_revcol_t', 'dino_revcol_h', 'upernet_revcol_t', 'mask2former_revcol_t',
+    'revcol_t_in1k', 'revcol_b_in1k_224_ft', 'demo/revcol_nano_digits_pretrain', 'demo/upernet_revcol_nano_digits'])
+def test_configs_name_the_hook(name):
+    assert Config.fromfile(CONFIGS / f'{name}.py').default_hooks.exact_resume.type == 'ExactResumeHook'
+
+
+def test_the_tools_add_the_hook_where_a_config_does_not_name_it():
+    absent, left_out = Config(dict(custom_hooks=[])), Config(dict(default_hooks=dict(exact_resume=None)))
+    own = Config(dict(custom_hooks=[dict(type='mmengine.ExactResumeHook')]))
+    for cfg in (absent, left_out, own):
+        _add_exact_resume(cfg)
+    assert absent.default_hooks.exact_resume.type == 'ExactResumeHook'
+    assert left_out.default_hooks.exact_resume is None
+    assert 'default_hooks' not in own

@@ -43,15 +43,16 @@ def in_processes(function, *args, number=1, seconds=200):
     assert [process.exitcode for process in processes] == [0] * number
 
 
-def toy_config(folder, resume=None, sharded=False, workers=0, sampler='InfiniteSampler', by_epoch=False, accumulate=1):
-    """Eight iterations, or two epochs of two and a half batches for each of two processes."""
+def toy_config(folder, resume=None, sharded=False, workers=0, sampler='InfiniteSampler', by_epoch=False, accumulate=1, lr=1e-2,
+               load_from=None):
+    """Eight iterations, or three epochs of two batches for each of two processes."""
     length = dict(by_epoch=True, max_epochs=3) if by_epoch else dict(by_epoch=False, max_iters=8)
     cfg = Config(dict(
-        model=dict(type='Toy'), work_dir=str(folder), launcher='pytorch', default_scope='mmengine', train_cfg=length,
-        param_scheduler=dict(type='LinearLR', by_epoch=False, end=20),
+        model=dict(type='Toy'), work_dir=str(folder), load_from=load_from, launcher='pytorch', default_scope='mmengine',
+        train_cfg=length, param_scheduler=dict(type='LinearLR', by_epoch=False, end=20),
         train_dataloader=dict(batch_size=2, num_workers=workers, drop_last=True, dataset=dict(type='Noise'),
                               sampler=dict(type=sampler, shuffle=True)),
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2), paramwise_cfg=dict(bias_lr_mult=2.0),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=lr), paramwise_cfg=dict(bias_lr_mult=2.0),
                            accumulative_counts=accumulate),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
                            logger=dict(type='LoggerHook', interval=1)),
@@ -139,6 +140,15 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path):
     train_toy(tmp_path / 'resumed', tmp_path / 'whole' / 'iter_4.pth', processes=1)
     assert 'resuming is not exact: the checkpoint was written by 2 processes' in log_of(tmp_path / 'resumed')
     assert load(tmp_path / 'resumed', 'iter_8.pth')['meta']['iter'] == 8
+
+
+@pytest.mark.slow
+def test_sharded_training_starts_from_a_file_of_weights_alone(tmp_path):
+    weights = {name: torch.rand(parameter.shape) for name, parameter in Toy().named_parameters()}
+    torch.save({f'module.{name}': value for name, value in weights.items()}, tmp_path / 'weights.pth')  # as DDP names them
+    train_toy(tmp_path / 'run', sharded=True, lr=0., load_from=str(tmp_path / 'weights.pth'))
+    trained = load(tmp_path / 'run', 'iter_8.pth')['state_dict']
+    assert not [name for name, value in weights.items() if not torch.equal(trained[name], value)]
 
 
 SHORT = ('train_cfg.max_iters=6', 'default_hooks.checkpoint.interval=2', 'train_dataloader.batch_size=2')
