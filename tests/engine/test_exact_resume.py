@@ -377,6 +377,16 @@ def test_a_checkpoint_of_another_hook_resumes_exactly(tmp_path, by_epoch):
     assert_same(run(tmp_path, by_epoch=by_epoch, resume='own.pth'), whole)
 
 
+def test_a_checkpoint_whose_iteration_was_changed_goes_on_and_says_so(tmp_path, warnings_of):
+    whole = run(tmp_path, interval=1)
+    contents = torch.load(tmp_path / 'iter_2.pth', weights_only=True)
+    contents['meta']['iter'] = 6
+    torch.save(contents, tmp_path / 'changed.pth')
+    resumed = run(tmp_path, resume='changed.pth')
+    assert torch.equal(torch.cat(resumed.seen)[:, 0], torch.cat(whole.seen[6:])[:, 0])
+    assert any('states of iteration 2, but its meta data name iteration 6' in message for message in warnings_of)
+
+
 def test_another_data_set_goes_on_and_says_so(tmp_path, monkeypatch, warnings_of):
     run(tmp_path)
     monkeypatch.setattr(Noise, '__len__', lambda self: SIZE + 2)

@@ -90,12 +90,16 @@ class ExactResumeHook(Hook):
         self.loaded = {}
 
     def _find_place(self, runner, loader: DataLoader) -> dict[str, Any]:
-        """Where this process goes on: ``epoch``, ``iter``, ``pass`` over the data, ``batch`` in it; and all that was stored."""
+        """Where this process goes on: the ``pass`` over the data, the ``batch`` in it, and what else was stored."""
         stored, rank, settings = self.loaded.get('processes', []), get_rank(), _settings(loader)
         first = next((process for process in stored if process), None)
         place, reason = {key: value for key, value in (first or {}).items() if key not in ('now', 'start')}, None
         if first is None:
             reason = 'the checkpoint holds no states of the random number generators, because ExactResumeHook did not write it'
+            place = self._place_without_states(runner, loader)
+        elif (first['epoch'], first['iter']) != (runner.epoch, runner.iter):
+            reason = (f'the checkpoint holds the states of iteration {first["iter"]}, but its meta data name iteration '
+                      f'{runner.iter}')
             place = self._place_without_states(runner, loader)
         elif first['settings'] != settings:
             reason = f'the checkpoint was written by {_describe(first["settings"])}, and now there are {_describe(settings)}'
@@ -104,7 +108,7 @@ class ExactResumeHook(Hook):
             place['batch'] = had // ((settings['batch_size'] or 1) * settings['processes'])
             if self.by_epoch:
                 place['batch'] = min(place['batch'], len(loader))
-                place['iter'] = place['epoch'] * len(loader) + place['batch']
+                runner.train_loop._iter = place['epoch'] * len(loader) + place['batch']
         elif stored[rank] is None:
             reason = f'the checkpoint does not hold the states of process {rank}, because not all processes took part in saving'
         else:
@@ -118,7 +122,6 @@ class ExactResumeHook(Hook):
                                       'sample to sample; otherwise it is')
         if reason:
             runner.logger.warning(f'resuming is not exact: {reason}')
-        runner.train_loop._epoch, runner.train_loop._iter = place['epoch'], place['iter']
         return place
 
     def _place_without_states(self, runner, loader: DataLoader) -> dict[str, int]:
@@ -130,7 +133,7 @@ class ExactResumeHook(Hook):
             number, batch = 0, runner.iter
         else:
             number, batch = divmod(runner.iter, length)
-        return {'epoch': runner.epoch, 'iter': runner.iter, 'pass': number, 'batch': batch}
+        return {'pass': number, 'batch': batch}
 
     def _skip(self, place: dict) -> None:
         self.batches.next_pass, self.batches.skip = place.get('pass', 0), place.get('batch', 0)
