@@ -5,7 +5,7 @@
     python benchmarks/reversible.py --device cuda        # T, S, B at 512² and 800×1344, float32 and autocast; RevCol-H at 640²
 
 Ways: plain autograd; ``torch.utils.checkpoint`` around each column (``with_cp``); the naive inverse, whose stream is float32
-and has no anchors; ours. Writes JSON with the device's name, and a plot, to ``benchmarks/results/``.
+and has no anchors; ours, with 0, 1, 2 and 4 stored columns. Writes JSON with the device's name, and a plot, to ``benchmarks/results/``.
 """
 import argparse
 import gc
@@ -30,9 +30,9 @@ from revcol_mm.models import RevCol  # noqa: E402
 
 RESULTS = Path(__file__).parent / 'results'
 BATCHES = (1, 8)  # of the timed steps
-WAYS = ('plain', 'checkpoint', 'naive', 'reversible')
-LABELS = dict(plain='plain autograd', checkpoint='checkpoint per column', naive='naive float32 inverse',
-              reversible='reversible')
+STORED = {f'reversible, {count} stored': count for count in (1, 2, 4)}  # columns
+WAYS = ('plain', 'checkpoint', 'naive', 'reversible', *STORED)
+LABELS = dict(plain='plain autograd', checkpoint='checkpoint per column', naive='naive float32 inverse')
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def way_of(name):
         with mock.patch(f'{engine}.STREAM_DTYPE', torch.float32), mock.patch(f'{engine}.ANCHOR_BUDGET', float('inf')):
             yield dict(reversible=True, drift_threshold=float('inf'))
     else:
-        yield dict(reversible=name == 'reversible', with_cp=name == 'checkpoint')
+        yield dict(reversible=name.startswith('reversible'), with_cp=name == 'checkpoint', stored_columns=STORED.get(name, 0))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -114,7 +114,8 @@ def step_times(arch, size, ways, device, batch=1, autocast=None, repeats=7, comp
     for _ in track(range(repeats), f'step time, {batch} × {arch} at {size[0]}×{size[1]}', transient=True):
         for way in ways:
             with way_of(way) as kwargs:
-                net.reversible, net.with_cp = kwargs.get('reversible', False), kwargs.get('with_cp', False)
+                net.reversible, net.with_cp = kwargs['reversible'], kwargs.get('with_cp', False)
+                net.stored_columns = kwargs.get('stored_columns', 0)
                 net.monitor.threshold = kwargs.get('drift_threshold')
                 for _ in range(2):  # the first one leaves the allocator as the way before it does not
                     net.zero_grad(set_to_none=True)
@@ -212,11 +213,11 @@ def plot(results, path):
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     for way, points in results['memory']['tiny'].items():
-        left.plot([columns for columns, _, _ in points], [peak for _, _, peak in points], 'o-', label=LABELS[way])
+        left.plot([columns for columns, _, _ in points], [peak for _, _, peak in points], 'o-', label=LABELS.get(way, way))
     left.set(xlabel='columns', ylabel='peak of a step, MiB', title="Activation memory, RevCol-T's widths", ylim=0)
     for way, points in results['gradient_error'].items():
         points = [(columns, error) for gamma, columns, error in points if gamma == 0.5 and error is not None]
-        right.semilogy(*zip(*points), 'o-', label=LABELS[way])
+        right.semilogy(*zip(*points), 'o-', label=LABELS.get(way, way))
     right.set(xlabel='columns', ylabel='worst relative error', title='Gradients against float64, γ = 0.5')
     for axes in (left, right):
         axes.legend(fontsize=8)
@@ -257,7 +258,7 @@ def main():
         results['time_of_plain'][f'batch {batch}'] = of_plain(times)
     results['gradient_error'] = {
         way: [(gamma, count, gradient_error(count, gamma, way)) for gamma in (0.5, 0.1) for count in counts]
-        for way in track(WAYS, 'gradient error', transient=True)}
+        for way in track([way for way in WAYS if way not in STORED], 'gradient error', transient=True)}
     if args.device == 'cuda':
         results['cuda'] = cuda_steps(print)
     RESULTS.mkdir(exist_ok=True)

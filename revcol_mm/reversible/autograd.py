@@ -61,7 +61,7 @@ def run_reversibly(columns: Sequence[ReversibleColumn], x: Tensor, p: Sequence[T
             attention mask. They get no gradients, and must not change before the backward pass. Default: None.
 
     Returns:
-        tuple[Tensor]: the features named by ``outputs``, contiguous.
+        tuple[Tensor]: the features named by ``outputs``, in the layout in which the columns return them.
 
     Raises:
         ReversibilityError: in the backward pass, if the drift is above the monitor's threshold.
@@ -76,7 +76,7 @@ def run_reversibly(columns: Sequence[ReversibleColumn], x: Tensor, p: Sequence[T
     for index, column in enumerate(columns):
         p = column(x, p, call)
         features.update({(c, level): p[level] for c, level in outputs if c == index})
-    return tuple(map(contiguous, _End.apply(call, x, *(features[key] for key in outputs))))
+    return _End.apply(call, x, *(features[key] for key in outputs))
 
 
 @dataclass

@@ -19,9 +19,9 @@ from tests.common import small_arch
 NARROW = small_arch(4, depths=(1, 1, 1, 1))
 
 
-def build() -> RevCol:
+def build(stored_columns=0) -> RevCol:
     torch.manual_seed(0)
-    return RevCol(NARROW, layer_scale_init_value=0.5, reversible=True).train()
+    return RevCol(NARROW, layer_scale_init_value=0.5, reversible=True, stored_columns=stored_columns).train()
 
 
 def joint_batch() -> torch.Tensor:
@@ -32,12 +32,12 @@ def loss_of(features) -> torch.Tensor:
     return sum(feature.square().mean() for feature in features)
 
 
-def train(rank, wrap, steps, folder, half=False) -> None:
+def train(rank, wrap, steps, folder, half=False, stored_columns=0) -> None:
     os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     try:
-        state, drift = take_steps(rank, wrap, steps, half)
+        state, drift = take_steps(rank, wrap, steps, half, stored_columns)
         if rank == 0:
             torch.save(dict(state=state, drift=drift), f'{folder}/result.pt')
         # gloo's threads let go of the last operation's tensors a little after it; an interpreter that ends meanwhile aborts.
@@ -47,8 +47,8 @@ def train(rank, wrap, steps, folder, half=False) -> None:
         dist.destroy_process_group()
 
 
-def take_steps(rank, wrap, steps, half) -> tuple:
-    net = build()
+def take_steps(rank, wrap, steps, half, stored_columns) -> tuple:
+    net = build(stored_columns)
     if wrap == 'fully_shard':
         mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (2, ))
         for column in net.columns:
@@ -91,10 +91,12 @@ def compare(net, start, state, tolerance) -> None:
         assert (state[name] - value).norm() <= tolerance * moved + 3e-7, name  # weights near 1 are rounded to 1.2e-7
 
 
-@pytest.mark.parametrize('wrap', ['ddp', 'ddp_unused', 'ddp_static', 'fsdp', 'fsdp_columns', 'fully_shard'])
-def test_two_processes_train_as_one(wrap, tmp_path):
+@pytest.mark.parametrize('wrap, stored_columns', [
+    ('ddp', 0), ('ddp_unused', 0), ('ddp_static', 0), ('fsdp', 0), ('fsdp_columns', 0), ('fully_shard', 0), ('ddp_static', 1),
+    ('fsdp_columns', 2), ('fully_shard', 1)])
+def test_two_processes_train_as_one(wrap, stored_columns, tmp_path):
     steps = 2
-    mp.spawn(train, (wrap, steps, str(tmp_path)), nprocs=2)
+    mp.spawn(train, (wrap, steps, str(tmp_path), False, stored_columns), nprocs=2)
     result = torch.load(tmp_path / 'result.pt', weights_only=True)
     net = build()
     start = {name: value.detach().clone() for name, value in net.named_parameters()}

@@ -90,9 +90,11 @@ class ColumnStack(BaseModule):
         out_indices (Sequence[int]): levels to return.
         frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and the first k columns. Default: -1.
         reversible (bool): whether to train without stored activations of the columns. Default: False.
+        stored_columns (int): with ``reversible``, number of columns, counted from the last one, whose activations are stored.
+            With the number of columns or more this is plain training. Default: 0.
         drift_threshold (float | None): see :class:`~revcol_mm.reversible.DriftMonitor`. Default: None.
         on_drift (str): 'raise' or 'warn'. Default: 'raise'.
-        with_cp (bool): whether to checkpoint every column. It excludes ``reversible``. Default: False.
+        with_cp (bool): whether to checkpoint every column; with ``reversible``, every stored column. Default: False.
         init_cfg (dict | None): for example ``dict(type='Pretrained', checkpoint=…)``. Default: None.
 
     Raises:
@@ -108,7 +110,7 @@ class ColumnStack(BaseModule):
 
     def __init__(self, depths: Sequence[int], num_columns: int, out_indices: Sequence[int], frozen_stages: int = -1,
                  reversible: bool = False, drift_threshold: float | None = None, on_drift: str = 'raise',
-                 with_cp: bool = False, init_cfg: dict | None = None) -> None:
+                 with_cp: bool = False, init_cfg: dict | None = None, stored_columns: int = 0) -> None:
         super().__init__(init_cfg)
         self.depths, self.num_columns = tuple(depths), num_columns
         levels = range(len(self.depths))
@@ -118,11 +120,13 @@ class ColumnStack(BaseModule):
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_columns:
             raise ValueError('frozen_stages must be -1 (nothing is frozen), 0 (the stem) or a number of columns up to '
                              f'{num_columns} (the stem and these columns), but got {frozen_stages!r}')
-        if reversible and with_cp:
-            raise ValueError('only one of reversible and with_cp can be True: reversible training already rebuilds what '
-                             'with_cp recomputes, and it stores less')
+        if not isinstance(stored_columns, int) or isinstance(stored_columns, bool) or stored_columns < 0:
+            raise ValueError(f'stored_columns must be a number of columns, 0 or more, but got {stored_columns!r}')
+        if reversible and with_cp and not stored_columns:
+            raise ValueError('only one of reversible and with_cp can be True, unless stored_columns is at least 1: reversible '
+                             'training already rebuilds what with_cp recomputes, and it stores less')
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
-        self.reversible, self.with_cp = reversible, with_cp
+        self.reversible, self.stored_columns, self.with_cp = reversible, stored_columns, with_cp
         self.monitor = DriftMonitor(drift_threshold, on_drift)
 
     @classmethod
@@ -201,25 +205,35 @@ class ColumnStack(BaseModule):
             outputs = [(self.num_columns - 1, level) for level in self.out_indices]
         columns = self.columns[:1 + max(column for column, _ in outputs)]
         # Frozen columns run without a graph, unless x needs a gradient, which passes through them.
-        frozen = 0 if x.requires_grad else max(self.frozen_stages, 0)
-        taken: dict[tuple[int, int], Tensor] = {}
+        frozen = 0 if x.requires_grad else min(max(self.frozen_stages, 0), len(columns))
         trains = self.training and torch.is_grad_enabled()
-        rebuild = self.reversible and trains
+        join = frozen  # columns frozen … join-1 are rebuilt in the backward pass
+        if self.reversible and trains:
+            join = max(frozen, min(self.num_columns - self.stored_columns, len(columns)))
+        taken: dict[tuple[int, int], Tensor] = {}
         p: Sequence[Tensor] | None = None
-        for index, column in enumerate(columns[:frozen] if rebuild else columns):
-            if index < frozen:
-                with torch.no_grad():
-                    p = column(x, p, context=context)
-            elif self.with_cp and trains:
-                p = checkpoint(column, x, p, context=context, use_reentrant=False)
-            else:
-                p = column(x, p, context=context)
+
+        def take(index: int) -> None:
             taken.update({(c, level): contiguous(p[level]) for c, level in outputs if c == index})
-        if rebuild and frozen < len(columns):
-            wanted = [key for key in outputs if key not in taken]
-            inner = [(column - frozen, level) for column, level in wanted]
-            features = run_reversibly(columns[frozen:], x, p, inner, self.monitor, context)
-            taken.update(zip(wanted, features))
+
+        for index in range(frozen):
+            with torch.no_grad():
+                p = columns[index](x, p, context=context)
+            take(index)
+        if frozen < join:
+            keys = [(index, level) for index, level in outputs if frozen <= index < join]
+            if join < len(columns):  # what the first stored column reads
+                keys = keys + [(join - 1, level) for level in range(len(self.depths))]
+            features = run_reversibly(columns[frozen:join], x, p, [(index - frozen, level) for index, level in keys],
+                                      self.monitor, context)
+            p = features[-len(self.depths):]
+            taken.update((key, contiguous(feature)) for key, feature in zip(keys, features) if key in outputs)
+        for index in range(join, len(columns)):
+            if self.with_cp and trains:
+                p = checkpoint(columns[index], x, p, context=context, use_reentrant=False)
+            else:
+                p = columns[index](x, p, context=context)
+            take(index)
         return tuple(taken[key] for key in outputs)
 
     def freeze_stages(self) -> None:

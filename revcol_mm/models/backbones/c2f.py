@@ -85,8 +85,8 @@ class RevColC2f(ColumnStack):
         norm_cfg (dict): norm of every convolution. Default: BatchNorm with YOLO's momentum 0.03 and eps 1e-3.
         act_cfg (dict): activation of every convolution. Default: SiLU.
         norm_eval (bool): whether to keep BatchNorm in eval mode, which freezes its running statistics. Default: False.
-        **kwargs: ``frozen_stages``, ``reversible``, ``drift_threshold``, ``on_drift``, ``with_cp`` and ``init_cfg``, as in
-            :class:`~revcol_mm.models.RevCol`, with its defaults. With ``with_cp``,
+        **kwargs: ``frozen_stages``, ``reversible``, ``stored_columns``, ``drift_threshold``, ``on_drift``, ``with_cp`` and
+            ``init_cfg``, as in :class:`~revcol_mm.models.RevCol`, with its defaults. With ``with_cp``,
             :mod:`torch.utils.checkpoint` updates the running statistics twice per step.
 
     Raises:

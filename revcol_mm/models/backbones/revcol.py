@@ -72,11 +72,15 @@ class RevCol(ColumnStack):
             eval mode. Single levels cannot be frozen, because each level feeds the next column. Default: -1.
         reversible (bool): whether to train without stored activations of the columns; the backward pass rebuilds them (see
             :mod:`revcol_mm.reversible`). Without gradients, and in eval mode, the plain path runs. Default: False.
+        stored_columns (int): with ``reversible``, the number of columns whose activations are stored all the same, counted from
+            the last column. Each one saves the time of rebuilding it; memory stays constant in the number of columns. With
+            ``num_columns`` or more this is plain training. Without ``reversible`` it has no effect. Default: 0.
         drift_threshold (float | None): largest accepted drift of the rebuilt features, relative to the largest feature.
             Default: None, the value of :data:`~revcol_mm.reversible.DRIFT_THRESHOLD` for the dtype.
         on_drift (str): what to do above the threshold, 'raise' or 'warn'. Default: 'raise'.
         with_cp (bool): whether to checkpoint every column with :mod:`torch.utils.checkpoint`. It keeps the features of every
-            column, so memory still grows with the columns. It excludes ``reversible``. Default: False.
+            column, so memory still grows with the columns. With ``reversible`` it checkpoints the stored columns, and needs
+            at least one. Default: False.
         pad_pretrained (bool): whether to pad smaller kernels of a checkpoint to ``kernel_size`` while it is loaded, as
             ``tools/pad_kernels.py`` does (appendix D.3.1). Default: False, such a checkpoint is an error.
         init_cfg (dict | None): ``dict(type='Pretrained', checkpoint=path_or_url)`` loads released or own checkpoints, also
@@ -104,10 +108,10 @@ class RevCol(ColumnStack):
                  layer_scale_init_value: float = 1e-6, out_indices: Sequence[int] = (0, 1, 2, 3),
                  out_norm_cfg: dict | None = None, frozen_stages: int = -1, reversible: bool = False,
                  drift_threshold: float | None = None, on_drift: str = 'raise', with_cp: bool = False,
-                 pad_pretrained: bool = False, init_cfg: dict | None = None) -> None:
+                 pad_pretrained: bool = False, init_cfg: dict | None = None, stored_columns: int = 0) -> None:
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, frozen_stages, reversible, drift_threshold, on_drift,
-                         with_cp, init_cfg)
+                         with_cp, init_cfg, stored_columns)
         check_positive_int('in_channels', in_channels)
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be an odd positive integer, but got {kernel_size!r}')

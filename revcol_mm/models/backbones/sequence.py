@@ -61,8 +61,8 @@ class RevColTransformerEncoder(ColumnStack):
         norm_first (bool): whether layers are pre-norm, instead of post-norm as in the original Transformer. Default: False.
         vocab_size (int | None): number of different tokens. Default: None, the input must be embeddings.
         batch_first (bool): whether sequences are (N, T) or (N, T, d), instead of (T, N) or (T, N, d). Default: True.
-        **kwargs: ``frozen_stages``, ``reversible``, ``drift_threshold``, ``on_drift``, ``with_cp`` and ``init_cfg``, as in
-            :class:`~revcol_mm.models.RevCol`, with its defaults.
+        **kwargs: ``frozen_stages``, ``reversible``, ``stored_columns``, ``drift_threshold``, ``on_drift``, ``with_cp`` and
+            ``init_cfg``, as in :class:`~revcol_mm.models.RevCol`, with its defaults.
 
     Raises:
         ValueError: if an argument has another value. The message names both.

@@ -107,8 +107,8 @@ class RevColViT(ColumnStack):
         drop_path_rate (float): stochastic depth rate. It rises linearly from 0 over the blocks of a column, and is the same in
             every column. Default: 0.
         out_indices (Sequence[int]): levels to return. Default: (0, 1, 2, 3).
-        **kwargs: ``frozen_stages``, ``reversible``, ``drift_threshold``, ``on_drift``, ``with_cp`` and ``init_cfg``, as in
-            :class:`~revcol_mm.models.RevCol`, with its defaults.
+        **kwargs: ``frozen_stages``, ``reversible``, ``stored_columns``, ``drift_threshold``, ``on_drift``, ``with_cp`` and
+            ``init_cfg``, as in :class:`~revcol_mm.models.RevCol`, with its defaults.
 
     Raises:
         TypeError, ValueError: if an argument, or the shape of the images, is of another kind. The message names it.
