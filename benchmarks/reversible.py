@@ -5,7 +5,8 @@
     python benchmarks/reversible.py --device cuda        # T, S, B at 512² and 800×1344, float32 and autocast; RevCol-H at 640²
 
 Ways: plain autograd; ``torch.utils.checkpoint`` around each column (``with_cp``); the naive inverse, whose stream is float32
-and has no anchors; ours, with 0, 1, 2 and 4 stored columns. Writes JSON with the device's name, and a plot, to ``benchmarks/results/``.
+and has no anchors; ours, with 0, 1, 2 and 4 stored columns. Writes JSON with the device's name, and a plot, to
+``benchmarks/results/``.
 """
 import argparse
 import gc
