@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Checkpoints are not lost: what a killed training, a full disk or a damaged file leaves, and where the next one goes on."""
+import itertools
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from revcol_mm.apis.runner import build_runner
 from revcol_mm.checkpoint import CheckpointError
 
 QUIET = 'log_level = "ERROR"\n'
+RUNS = itertools.count()
 
 
 @pytest.fixture
@@ -34,7 +36,8 @@ default_hooks.update(checkpoint=dict(type='CheckpointHook', by_epoch=False, inte
 
 
 def fit(config, *options, resume='auto'):
-    train.train([config, '--work-dir', 'work', '--resume', resume, *(['--cfg-options', *options] if options else [])])
+    name = f'experiment_name=run_{next(RUNS)}'  # mmengine knows runs by their name and the second in which they start
+    train.train([config, '--work-dir', 'work', '--resume', resume, '--cfg-options', name, *options])
 
 
 def iteration(path):
