@@ -64,7 +64,7 @@ class CheckedLoading:
             # mmengine compares, because it knows the wrappers, and the weights that a model renames or pads.
             strict = strict or self.loads_whole_model
             return super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
-        except (CheckpointError, torch.cuda.OutOfMemoryError):
+        except (CheckpointError, LaunchError, torch.cuda.OutOfMemoryError):
             raise
         except RuntimeError as error:
             differences = find_differences(*self._shapes_and_weights(filename), filename) or textwrap.shorten(str(error), 500)
@@ -159,10 +159,13 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
 
 def _add_exact_resume(cfg: Config) -> None:
     """Adds ExactResumeHook where a config does not name it. ``default_hooks.exact_resume=None`` leaves it out."""
-    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or [])]
+    named = dict(cfg.get('default_hooks') or {})
+    hooks = [*named.values(), *(cfg.get('custom_hooks') or [])]
     if not any(isinstance(hook, dict) and str(hook.get('type')).endswith('ExactResumeHook') for hook in hooks):
-        cfg.default_hooks = dict(cfg.get('default_hooks') or {})
-        cfg.default_hooks.setdefault('exact_resume', dict(type='ExactResumeHook'))
+        named.setdefault('exact_resume', dict(type='ExactResumeHook'))
+    if named.get('exact_resume', {}) is None:  # which mmengine refuses for a hook that is none of its own
+        del named['exact_resume']
+    cfg.default_hooks = named
 
 
 def leave_process_group() -> None:
