@@ -12,11 +12,11 @@ from .patches import apply_patches  # noqa: E402
 
 apply_patches()  # before the imports below, some of which import mmcv.ops
 
-from . import checkpoint, converters, engine, models, ops  # noqa: E402
+from . import apis, checkpoint, converters, engine, models, ops  # noqa: E402
 from .former_names import keep_former_names  # noqa: E402
 from .models import RevCol  # noqa: E402
 from .utils.configs import config_path, get_config  # noqa: E402
 
 keep_former_names()
 
-__all__ = ['RevCol', '__version__', 'checkpoint', 'config_path', 'converters', 'engine', 'get_config', 'models', 'ops']
+__all__ = ['RevCol', '__version__', 'apis', 'checkpoint', 'config_path', 'converters', 'engine', 'get_config', 'models', 'ops']

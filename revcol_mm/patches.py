@@ -3,11 +3,13 @@
 
 Nothing else in the process changes: no environment variable is set, and :func:`torch.load` works as before.
 """
+import functools
 import importlib.metadata
 import importlib.util
 import pkgutil
 from importlib.abc import Loader
 from pathlib import Path
+from typing import Callable
 
 import mmengine.config.config
 import mmengine.utils.package_utils
@@ -16,6 +18,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import checkpoint_hook
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as runner_checkpoint
+from torch import nn
 
 from . import ops
 from .checkpoint import files, safe
@@ -39,8 +42,9 @@ def enable_safe_loading() -> None:
       that the environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD would disable the check; onedl-mmengine 0.10 loads a
       refused file a second time without the check. Remove this when mmengine passes ``weights_only=True`` everywhere.
     - The types that mmengine writes into checkpoints are added to torch's list of safe types: HistoryBuffer, numpy's numbers
-      and arrays of numbers, one-cycle schedulers and settings. All of them are data. Reason: without them torch refuses the
-      checkpoints of mmengine's own runs. Remove this when mmengine registers the types, or writes plain data.
+      and arrays of numbers, one-cycle schedulers, settings, and the arguments of command lines. All of them are data. Reason:
+      without them torch refuses the checkpoints of mmengine's own runs. Remove this when mmengine registers the types, or
+      writes plain data.
     - ``.safetensors`` files load wherever mmengine loads a checkpoint. Reason: mmengine cannot read them. Remove this when it
       can.
     """
@@ -123,6 +127,33 @@ def get_installed_path(package: str) -> str:
     if folder is None:
         raise importlib.metadata.PackageNotFoundError(package)
     return folder
+
+
+def mend_sliding_window(head: nn.Module) -> None:
+    """Makes mmseg's heads that classify masks (MaskFormer, Mask2Former) work with ``test_cfg.mode='slide'``.
+
+    Reason: mmseg's segmentor sets ``img_shape`` to the window's size, but the heads prefer ``pad_shape``, which stays that of
+    the whole image, so that the windows' maps do not fit. Remove this when mmseg sets both. The checks before a run
+    call it for a model that needs it.
+
+    Args:
+        head (nn.Module): The decode head. Heads of other kinds are left as they are.
+    """
+    for kind in type(head).__mro__:
+        predict = vars(kind).get('predict')
+        if kind.__name__ in ('MaskFormerHead', 'Mask2FormerHead') and kind.__module__.startswith('mmseg.') and predict:
+            if not hasattr(predict, '__wrapped__'):
+                kind.predict = _without_padded_size(predict)
+
+
+def _without_padded_size(predict: Callable) -> Callable:
+    @functools.wraps(predict)
+    def predict_window(self, x, batch_img_metas: list[dict], test_cfg) -> torch.Tensor:
+        if test_cfg.get('mode') == 'slide':
+            batch_img_metas = [{key: value for key, value in meta.items() if key != 'pad_shape'} for meta in batch_img_metas]
+        return predict(self, x, batch_img_metas, test_cfg)
+
+    return predict_window
 
 
 def find_loader(name: str) -> Loader | None:

@@ -10,6 +10,7 @@ from mmengine.device import get_device
 from mmengine.utils import import_modules_from_strings
 
 from ..utils.configs import config_path
+from .checks.options import check_options
 from .errors import PACKAGES, LaunchError
 
 
@@ -55,6 +56,7 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(args.config)
         if args.cfg_options is not None:
+            check_options(cfg, args.cfg_options)
             try:
                 cfg.merge_from_dict(args.cfg_options)
             except (TypeError, KeyError, IndexError) as error:

@@ -9,10 +9,12 @@ import glob
 import json
 import os
 import os.path as osp
+import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Sequence
+from unittest.mock import patch
 
 import cv2
 import mmcv
@@ -29,7 +31,11 @@ from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
 from ..checkpoint.safe import some
-from .checks import check_checkpoint, read_annotations
+from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
+from .checks.common import settings_of_leaves
+from .checks.model import check_heads, check_sliding_window
+from .checks.report import Record
+from .checks.settings import put_classes_right
 from .errors import PACKAGES, LaunchError, build_errors
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -87,8 +93,8 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     check_checkpoint(checkpoint, 'the command line')
     device = device or get_device()
     check_device(device)
-    if not cfg.get('test_dataloader'):
-        cfg = _with_test_pipeline(cfg)
+    cfg = _with_one_test_set(cfg) if cfg.get('test_dataloader') else _with_test_pipeline(cfg)
+    put_classes_right(cfg.test_dataloader, 'test_dataloader')
     with warnings.catch_warnings(), build_errors(cfg), \
             DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
         warnings.simplefilter('ignore')  # of random weights and other data sets' classes, both replaced below
@@ -104,6 +110,8 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
             inferencer = ImageClassificationInferencer(model=cfg, pretrained=False, device=device)
     meta = load_weights(inferencer.model, checkpoint)
     classes, palette = _classes_and_palette(cfg, meta, scope)
+    check_heads(inferencer.model, [Record(tuple(classes))] if classes else [], 'the checkpoint or the data set')
+    check_sliding_window(inferencer.model)
     if scope == 'mmseg':  # which would take Cityscapes' for what is missing
         classes = classes or [str(label) for label in range(inferencer.model.num_classes)]
         palette = palette or np.random.default_rng(0).integers(256, size=(len(classes), 3)).tolist()
@@ -128,6 +136,17 @@ def check_device(device: str) -> None:
         raise LaunchError(f'device {device!r} cannot be used: {str(error).splitlines()[0]}') from error
 
 
+def _with_one_test_set(cfg: Config) -> Config:
+    """A config whose test set is the first of those inside of its wrapper, because the inferencers read its pipeline."""
+    dataset = next(settings_of_leaves(cfg.test_dataloader.dataset))
+    if 'pipeline' not in dataset:
+        raise LaunchError(f'{cfg.filename} must have a test data set with a pipeline, which tells how images are prepared, but '
+                          f'{dataset.get("type")} has none')
+    cfg = copy.deepcopy(cfg)
+    cfg.test_dataloader.dataset = copy.deepcopy(dataset)
+    return cfg
+
+
 def _with_test_pipeline(cfg: Config) -> Config:
     """A config without a test (ImageNet-22K has no validation split), with a test data loader made of its ``test_pipeline``."""
     if not (cfg.get('test_pipeline') and cfg.get('train_dataloader')):
@@ -139,19 +158,27 @@ def _with_test_pipeline(cfg: Config) -> Config:
 
 
 def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequence[str] | None, list | None]:
-    """Those of the checkpoint, else those of the config's data set, else None."""
+    """Those of the checkpoint, else those of the config's data set in the order of its file, else None."""
     dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
     with DATASETS.switch_scope_and_registry(scope) as registry:
         kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
     defaults = getattr(kind, 'METAINFO', {})
     # OpenMMLab's checkpoints from before mmengine have CLASSES and PALETTE directly in their meta.
-    for source in (meta.get('dataset_meta') or {}, meta, dataset.get('metainfo') or {}, defaults):
+    for source in (meta.get('dataset_meta') or {}, meta):
         source = {str(key).lower(): value for key, value in source.items()}
         if source.get('classes'):
-            return source['classes'], source.get('palette')
-    return None, None
+            return classes_of_meta(dict(dataset_meta=source)), source.get('palette')
+    given = dict(dataset.get('metainfo') or {}, **({'classes': dataset['classes']} if dataset.get('classes') else {}))
+    found = kind._load_metainfo(given) if hasattr(kind, '_load_metainfo') else {**defaults, **given}
+    given, order = found.get('classes'), find_file_classes(cfg)
+    palette = found.get('palette')
+    if order and given and palette is not None and len(palette) == len(given) and set(order) == set(given):
+        palette = [palette[list(given).index(name)] for name in order]
+    classes = order or given
+    if classes:
+        print('warning: the checkpoint names no classes, so that its labels are taken for those of the data'
+             f'{", in the order of their file" * bool(order)}: ({some(classes, 10)})', file=sys.stderr)
+    return classes, palette
 
 
 # Images ----------------------------------------------------------------------------------------------------------------------
@@ -188,9 +215,9 @@ def read_image(path: str) -> np.ndarray:
         ValueError: if it is damaged. OpenCV alone would fill the missing part of an image and go on.
     """
     try:
-        with Image.open(path) as image:
+        with patch.object(Image, 'MAX_IMAGE_PIXELS', None), Image.open(path) as image:  # an image of one's own may be large
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f'it cannot be read as an image ({error}): copy it again') from None
     pixels = mmcv.imread(path)
     if pixels is None:

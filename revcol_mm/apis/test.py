@@ -7,9 +7,10 @@ from typing import Sequence
 from mmengine.config import Config
 from mmengine.registry import METRICS
 
-from .checks import check_checkpoint, check_data
+from .checks import check_checkpoint, check_data, check_run, check_settings, find_model_classes
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
+from .pictures import name_pictures_apart
 from .runner import build_runner, leave_process_group
 from .tta import set_tta
 
@@ -24,6 +25,8 @@ def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--show-dir', help='folder for images with drawn predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation: several scales and flips, merged')
+    parser.add_argument('--check-data', action='store_true',
+                        help='open every image and label map before the test, and list those that are broken')
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -47,7 +50,9 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
     check_checkpoint(args.checkpoint, 'the command line')
+    check_settings(cfg, ('test', ))
     check_data(cfg, ('test', ))
+    classes = find_model_classes(args.checkpoint, cfg)
     if args.show or args.show_dir:
         _set_visualization(cfg, args)
     if args.tta:
@@ -64,6 +69,9 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
         runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
     with build_errors(cfg, runner):
+        check_run(runner, ('test', ), classes, args.check_data)
+        if args.show_dir:
+            name_pictures_apart(runner)
         metrics = runner.test()
     del runner
     leave_process_group()

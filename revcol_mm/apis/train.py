@@ -5,7 +5,7 @@ from typing import Sequence
 
 from mmengine.config import Config
 
-from .checks import check_checkpoint, check_data, check_pretrained
+from .checks import check_checkpoint, check_data, check_pretrained, check_run, check_settings, load_one_batch
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .lock import lock_work_dir
@@ -23,6 +23,10 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='go on from this checkpoint; with "auto" or nothing, from the last one in the work folder')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
+    parser.add_argument('--check-data', action='store_true',
+                        help='open every image and label map before the training, and list those that are broken')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='do all checks, load one batch of every data loader, and end without training')
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -43,17 +47,23 @@ def train(argv: Sequence[str] | None = None) -> None:
     _set_resume(cfg, args.resume)
     resume = cfg.get('resume', False)
     check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from', resume)
+    check_settings(cfg, ('train', 'val'))
     check_data(cfg, ('train', 'val'))
     check_pretrained(cfg, args.config)
     with lock_work_dir(cfg.work_dir, cfg.launcher):
-        _run(cfg, bool(resume))
+        _run(cfg, args)
     leave_process_group()
 
 
-def _run(cfg: Config, resume: bool) -> None:
-    runner = build_runner(cfg, loads_whole_model=resume)
+def _run(cfg: Config, args: argparse.Namespace) -> None:
+    runner = build_runner(cfg, loads_whole_model=bool(cfg.get('resume')))
     try:
         with build_errors(cfg, runner), name_lost_processes():
+            check_run(runner, ('train', 'val'), check_all=args.check_data)
+            if args.dry_run:
+                load_one_batch(runner, ('train', 'val'))
+                print('All checks have passed, and one batch of every data loader was loaded. Nothing was trained (--dry-run).')
+                return
             runner.train()
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):  # torch.nn.functional.batch_norm's

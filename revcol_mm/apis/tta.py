@@ -6,6 +6,7 @@ from typing import Sequence
 
 from mmengine.config import Config, ConfigDict
 
+from .checks.common import settings_of_leaves
 from .errors import LaunchError
 
 #: Scales of the default test-time augmentation, relative to the test pipeline's; the plain view comes first.
@@ -33,14 +34,11 @@ def set_tta(cfg: Config) -> None:
         importlib.import_module(extras[scope])
     if scope == 'mmdet' and model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
         model.type = 'InstanceTTAModel'
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    if 'pipeline' not in dataset:
-        raise LaunchError(f'--tta needs a data set with a pipeline, but {dataset.get("type")} in test_dataloader has none')
-    pipeline = cfg.get('tta_pipeline') or default_tta_pipeline(dataset.pipeline, TTA_SCALES[scope])
+    for dataset in settings_of_leaves(cfg.test_dataloader.dataset):
+        if 'pipeline' not in dataset:
+            raise LaunchError(f'--tta needs a data set with a pipeline, but {dataset.get("type")} in test_dataloader has none')
+        dataset.pipeline = cfg.get('tta_pipeline') or default_tta_pipeline(dataset.pipeline, TTA_SCALES[scope])
     cfg.model = ConfigDict(model, module=cfg.model)
-    dataset.pipeline = pipeline
 
 
 def _detector_nms(model: dict) -> dict:

@@ -10,6 +10,7 @@ import pickle
 import struct
 import sys
 import tempfile
+from argparse import Namespace
 from collections import OrderedDict
 from types import ModuleType
 from typing import Any, Iterable
@@ -75,6 +76,8 @@ def safe_globals() -> list:
         allowed += [(multiarray._reconstruct, f'{package}.multiarray._reconstruct'),
                     (multiarray.scalar, f'{package}.multiarray.scalar')]
     allowed.append((scheduler.OneCycleParamScheduler, 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'))
+    # Arguments of a command line: a class without code of its own, whose instances hold values.
+    allowed.append(Namespace)
     # Settings in files: mmengine's configs, and those of the authors' classification code, whose training checkpoints hold a
     # configuration (yacs) and, by mistake, Python's function `input`.
     allowed += [(_Settings, 'mmengine.config.config.ConfigDict'), (_Settings, 'yacs.config.CfgNode'), (None, 'builtins.input')]

@@ -326,3 +326,9 @@ def test_failed_export_leaves_nothing(workshop, tmp_path):
                           '--out', str(tmp_path / 'net.onnx'),
                           '--check', '16', '16'])
     assert os.listdir(tmp_path) == []
+
+
+def test_an_image_beyond_the_limit_of_pillow_is_predicted(workshop, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)  # that of the images is 9216, and Pillow refuses twice its limit
+    run(workshop, 'classification', images[0], '--out', tmp_path)
+    assert len(json.loads((tmp_path / 'predictions.json').read_text())) == 5 and Image.MAX_IMAGE_PIXELS == 1000

@@ -263,12 +263,20 @@ class Asks:
     Asks(getattr, HistoryBuffer, 'register_statistics'), Asks(getattr, torch.Tensor, '__setstate__'),
     Asks(getattr, np.ndarray, 'tofile'),
     Asks(np.dtype, 'O', False, True, state=(3, '|', None, None, None, -1, -1, 0)), Asks(np.dtype, [('a', 'O')], False, True),
-    Asks(eval, '1 + 1'), Asks(Namespace)], ids=lambda asks: str(asks.call[:2]))
+    Asks(eval, '1 + 1'), Asks(SimpleNamespace)], ids=lambda asks: str(asks.call[:2]))
 def test_the_allow_list_is_no_door(request_, tmp_path):
     """Neither attributes beyond the few needed, nor object dtypes, whose flags a pickle could overwrite."""
     torch.save([request_], tmp_path / 'asks.pth')
     with pytest.raises(CheckpointError, match='is refused'):
         read_checkpoint(str(tmp_path / 'asks.pth'))
+
+
+def test_arguments_of_a_command_line_are_read_as_values(tmp_path):
+    torch.save(dict(args=Namespace(lr=0.1, names=['a'])), tmp_path / 'args.pth')
+    assert vars(read_checkpoint(str(tmp_path / 'args.pth'))['args']) == dict(lr=0.1, names=['a'])
+    torch.save(dict(args=Namespace(call=Asks(eval, '1 + 1'))), tmp_path / 'call.pth')
+    with pytest.raises(CheckpointError, match='is refused'):
+        read_checkpoint(str(tmp_path / 'call.pth'))
 
 
 @pytest.fixture

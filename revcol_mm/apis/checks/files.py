@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Checks before anything is built: whether the data sets, the weights and the checkpoint of a run exist and can be read."""
+import glob
 import json
 import os
 import os.path as osp
@@ -9,12 +10,10 @@ from typing import Iterator, Sequence
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
 
-from ..checkpoint import read_checkpoint
-from ..checkpoint.files import check_bytes
-from ..checkpoint.safe import some
-from .errors import LaunchError
+from ...checkpoint import read_checkpoint
+from ...checkpoint.files import check_bytes
+from ..errors import LaunchError
 
 #: Files and folders of well-known data sets below their ``data_root``.
 LAYOUTS = dict(
@@ -39,7 +38,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
         section = f'{loader}_dataloader'
         if not cfg.get(section):
             continue
-        for key, dataset in _datasets(cfg[section].get('dataset'), f'{section}.dataset'):
+        for key, dataset in _datasets(cfg[section], section):
             root = dataset.get('data_root') or ''
             paths = [dataset.get('ann_file')]
             prefix = dataset.get('data_prefix') or {}
@@ -50,32 +49,12 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
                 path = path if path is None or _is_remote(path) else osp.join(root, path)
                 if _is_missing(path):
                     raise LaunchError(_describe_missing_data(path, key, dataset, section))
-            _check_categories(dataset, key)
         evaluators = cfg.get(f'{loader}_evaluator') or []
         for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
             path = evaluator.get('ann_file')
             if _is_missing(path):
                 raise LaunchError(f'there is no annotation file {path} (looked from {os.getcwd()}), which {loader}_evaluator '
                                   f'needs. Another place: --cfg-options {loader}_evaluator.ann_file=/path/to/annotations.json')
-
-
-def _check_categories(dataset: dict, key: str) -> None:
-    """Checks that the classes of a COCO-format data set are categories of its annotation file.
-
-    Other classes would be trained without a single object, or end in another error of mmdet.
-    """
-    if str(dataset.get('type')).rpartition('.')[2] != 'CocoDataset' or not dataset.get('ann_file'):
-        return
-    path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
-    classes = BaseDataset._load_metainfo(dataset.get('metainfo')).get('classes')  # of a file, if it names one
-    if classes is None or _is_remote(path):
-        return
-    _, categories = read_annotations(path)
-    classes = [classes] if isinstance(classes, str) else list(classes)
-    missing = [name for name in classes if name not in categories]
-    if missing:
-        raise LaunchError(f'{key}.metainfo.classes must be categories of {path}, which has {some(categories, 10)}, but got '
-                          f'{some(missing)}')
 
 
 def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
@@ -101,9 +80,12 @@ def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
 
 def _datasets(dataset, key: str) -> Iterator[tuple[str, dict]]:
     """The data sets inside of wrappers (RepeatDataset, ConcatDataset, …), with their keys in the config."""
-    if not isinstance(dataset, dict):
+    if isinstance(dataset, (list, tuple)):
+        for index, part in enumerate(dataset):
+            yield from _datasets(part, f'{key}.{index}')
+    elif not isinstance(dataset, dict):
         return
-    if 'dataset' in dataset:
+    elif 'dataset' in dataset:
         yield from _datasets(dataset['dataset'], f'{key}.dataset')
     elif 'datasets' in dataset:
         for index, part in enumerate(dataset['datasets']):
@@ -175,8 +157,8 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     """
     if not path or _is_remote(path):
         return
-    if osp.isdir(path):
-        check_bytes(path)
+    if osp.isdir(osp.expanduser(path)):
+        _check_folder(osp.expanduser(path), argument)
         return
     _check_exists(path, argument, 'Another place: --cfg-options load_from=/path/to/checkpoint.pth; without one: --cfg-options '
                   'load_from=None' if argument == 'load_from' else '')
@@ -193,6 +175,21 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     if resume and missing:
         raise LaunchError(f'a training can be resumed only from a checkpoint with meta and message_hub, but {path} has no '
                           f'{" and no ".join(missing)}. To start a training from its weights: --cfg-options load_from={path}')
+
+
+def _check_folder(path: str, argument: str) -> None:
+    if glob.glob(osp.join(glob.escape(path), 'rank*.pth')):  # as FSDP writes
+        check_bytes(path)
+        return
+    last, found = osp.join(path, 'last_checkpoint'), []
+    if osp.isfile(last):
+        with open(last, encoding='utf-8', errors='replace') as file:
+            found = [osp.join(path, osp.basename(file.read().strip()))]
+    found += sorted(glob.glob(osp.join(glob.escape(path), '*.pth')), key=osp.getmtime, reverse=True)
+    newest = next((name for name in found if osp.exists(name)), None)
+    raise LaunchError(f'{argument} must name a checkpoint, but {path} is a folder'
+                      + (f', whose newest checkpoint is {newest}: name this one' if newest else ' without one')
+                      + (f'; to go on in this folder: --resume auto --work-dir {path}' if argument == '--resume' else ''))
 
 
 def place_of_backbones(path: str) -> str:

@@ -1,0 +1,87 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The entries of annotation files in COCO's format: what mmdet reads of them, and boxes that are none."""
+import math
+from itertools import chain
+from operator import itemgetter
+from typing import Any, Mapping, Sequence
+
+from ...checkpoint.safe import some
+from ..errors import LaunchError
+from .common import say, warn
+
+#: What mmdet reads of every entry, by the part of the file.
+KEYS = dict(categories=('id', 'name'), images=('id', 'file_name', 'height', 'width'),
+            annotations=('id', 'image_id', 'category_id', 'bbox', 'area'))
+
+
+def check_annotations(content: Mapping[str, list], path: str, index: Any = None) -> None:
+    """Checks the entries of a file, and adds a missing ``iscrowd`` of 0.
+
+    Args:
+        content (Mapping[str, list]): the parsed file, with ``images``, ``annotations`` and ``categories``.
+        path (str): its name, for messages.
+        index (COCO | None): the API that has read the file, so that it has every id. Default: None.
+
+    Raises:
+        LaunchError: entries lack what mmdet reads, several images have one id, or boxes are not four finite numbers.
+    """
+    images, annotations = content.get('images', []), content.get('annotations', [])
+    keys = KEYS if index is None else dict(KEYS, annotations=('bbox', 'area'))
+    columns = {part: _columns(content.get(part, []), part, names, path) for part, names in keys.items()}
+    ids = set(columns['images']['id'])
+    if len(ids) < len(images):
+        raise LaunchError(f'every image in {path} must have an id of its own, but {len(images)} images have {len(ids)} ids: '
+                          'number them anew, and their annotations with them')
+    _check_boxes(annotations, columns['annotations']['bbox'], path)
+    crowdless = [annotation for annotation in annotations if 'iscrowd' not in annotation]
+    for annotation in crowdless:
+        annotation['iscrowd'] = 0
+    if crowdless:
+        say(f'{path}: {len(crowdless)} of {len(annotations)} annotations have no iscrowd, which is taken as 0')
+    if index is None:
+        return
+    for key, used, known, what in (('image_id', index.imgToAnns, ids, 'image'),
+                                   ('category_id', index.catToImgs, set(columns['categories']['id']), 'category')):
+        unknown = {value for value in used if value not in known}
+        if unknown:
+            lost = [annotation['id'] for annotation in annotations if annotation[key] in unknown]
+            warn(f'{path}: {len(lost)} of {len(annotations)} annotations have a {key} that is no {what} of the file, so that '
+                 f'they are left out (id {some(lost)})')
+
+
+def _columns(entries: list[dict], part: str, keys: Sequence[str], path: str) -> dict[str, list]:
+    """The values of some keys.
+
+    A file may have a million entries: one list per key is fast; an object per entry would start Python's garbage collection.
+    """
+    if not isinstance(entries, list) or not set(map(type, entries)) <= {dict}:
+        raise LaunchError(f'{path} must be an annotation file in COCO format, but is not: its {part} must be a list of objects')
+    try:
+        return {key: list(map(itemgetter(key), entries)) for key in keys}
+    except KeyError as error:
+        key = error.args[0]
+        lacking = [entry.get('id') for entry in entries if key not in entry]
+        raise LaunchError(f'every entry of {part} in {path} must have {key}, but {len(lacking)} of {len(entries)} have none '
+                          f'(id {some(lacking)}): add {key} to them') from error
+
+
+def _check_boxes(annotations: list[dict], boxes: Sequence, path: str) -> None:
+    """mmdet drops a box with NaN without a word, and keeps an infinite one."""
+    try:
+        if set(map(len, boxes)) <= {4} and math.isfinite(sum(chain.from_iterable(boxes))):
+            return
+    except (TypeError, OverflowError):
+        pass
+    wrong = [annotation for annotation in annotations if not _is_box(annotation['bbox'])]
+    if wrong:
+        named = [f'id {annotation["id"]} in image {annotation["image_id"]}: {annotation["bbox"]}' for annotation in wrong[:4]]
+        raise LaunchError(f'every bbox in {path} must be four finite numbers (x, y, width, height), but {len(wrong)} of '
+                          f'{len(annotations)} are not ({"; ".join(named)}{"; …" * (len(wrong) > 4)}): correct or remove them')
+
+
+def _is_box(box) -> bool:
+    try:
+        x, y, width, height = box
+        return math.isfinite(x + y + width + height)
+    except (TypeError, ValueError, OverflowError):
+        return False

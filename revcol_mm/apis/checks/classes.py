@@ -1,0 +1,253 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The order of the classes: one per run, that of the training file, to which everything else is mapped by name."""
+import os
+import os.path as osp
+from collections import Counter
+from typing import Any, Mapping, Sequence
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+
+from ...checkpoint import read_checkpoint
+from ...checkpoint.loading import find_meta
+from ...checkpoint.safe import some
+from ..errors import LaunchError
+from .common import name_of, say, settings_of_leaves, warn
+from .files import read_annotations
+
+CHECKPOINT = 'the checkpoint'
+
+
+class ClassOrder:
+    """The order of the classes of a run. The first data set sets it, unless a checkpoint has.
+
+    Args:
+        classes (Sequence[str] | None): the order with which the model was trained. Default: None, that of the first data set.
+    """
+
+    def __init__(self, classes: Sequence[str] | None = None) -> None:
+        self.classes = None if classes is None else tuple(classes)
+        self.source = '' if classes is None else CHECKPOINT
+        self.folders: tuple[str, ...] | None = None
+
+    def settle(self, dataset: BaseDataset, path: str, categories: Sequence[Mapping] | None) -> None:
+        """Gives a data set's labels the order of the run, and makes its names follow.
+
+        Args:
+            dataset (BaseDataset): with its list of images, before that is packed.
+            path (str): its annotation file.
+            categories (Sequence[Mapping] | None): those of the file, if it is one in COCO's format.
+
+        Raises:
+            LaunchError: its classes are not those of the run, or nothing tells which of two orders is right.
+        """
+        classes = dataset._metainfo.get('classes')
+        if isinstance(classes, str):
+            say(f'the classes of {name_of(dataset)} are the text {classes!r}, which is read as one class')
+            dataset._metainfo['classes'] = classes = (classes, )
+        if categories is not None:
+            self._settle_categories(dataset, path, {category['id']: category['name'] for category in categories})
+        elif getattr(dataset, 'folder_to_idx', None):
+            self._settle_folders(dataset, tuple(dataset.folder_to_idx))
+        elif classes is None:
+            if hasattr(dataset, 'label_map'):
+                raise LaunchError(f'{name_of(dataset)} must have names for the values of its label maps, but has none: write '
+                                  'metainfo=dict(classes=(…)) into the data set of every data loader')
+        elif self._differs(tuple(classes), name_of(dataset)):
+            self._settle_names(dataset, tuple(classes))
+
+    def _take_over(self, labelled: tuple[str, ...], name: str) -> None:
+        """The first data set's order is that of the run, also where a checkpoint has other names for the same labels."""
+        known = self.classes or ()
+        if self.source == CHECKPOINT and set(labelled) != set(known) and len(labelled) == len(known) and all(
+                mine == theirs or (mine not in known and theirs not in labelled) for mine, theirs in zip(labelled, known)):
+            warn(f'the checkpoint names its classes ({some(known, 10)}), {name} ({some(labelled, 10)}): they are taken for the '
+                 'same in this order')  # there are several sets of names for ImageNet's
+            self.classes = None
+        if self.classes is None:
+            self.classes, self.source = labelled, name
+
+    def _differs(self, labelled: tuple[str, ...], name: str) -> bool:
+        """Whether an order is not that of the run.
+
+        Raises:
+            LaunchError: its names are others.
+        """
+        self._take_over(labelled, name)
+        if set(self.classes) != set(labelled):
+            raise LaunchError(f'the classes of {name} must be those of {self.source} ({some(self.classes, 10)}), but they are '
+                              f'({some(labelled, 10)}): give all data sets the same metainfo.classes')
+        return labelled != self.classes
+
+    def _settle_categories(self, dataset: BaseDataset, path: str, names: Mapping[int, str]) -> None:
+        """mmdet labels in the order of the file."""
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise LaunchError(f'every category in {path} must have a name of its own, but there are several {some(twice)}: '
+                              'rename or merge them')
+        classes = tuple(dataset._metainfo['classes'])
+        check_categories(classes, list(names.values()), path, name_of(dataset))
+        labelled = tuple(names[category] for category in dataset.cat_ids)  # the names in the order of mmdet's labels
+        if self._differs(labelled, name_of(dataset)):
+            _move_labels(dataset, [self.classes.index(name) for name in labelled])
+            ids = {names[category]: category for category in dataset.cat_ids}
+            dataset.cat_ids = [ids[name] for name in self.classes]
+            dataset.cat2label = {category: label for label, category in enumerate(dataset.cat_ids)}
+            say(f'{path} lists its categories as ({some(labelled, 10)}); its labels follow the order of {self.source}, '
+                f'({some(self.classes, 10)})')
+        _set_classes(dataset, self.classes, path)
+
+    def _settle_folders(self, dataset: BaseDataset, folders: tuple[str, ...]) -> None:
+        """mmpretrain labels in the alphabetical order of the folders, whatever the order of the classes."""
+        classes, root = tuple(dataset._metainfo['classes']), dataset.img_prefix
+        if set(classes) & set(folders) and set(classes) != set(folders):
+            raise LaunchError(f'the classes of {name_of(dataset)} must be the names of the folders in {root}, but '
+                              f'{some(sorted(set(classes) - set(folders)))} is no folder and '
+                              f'{some(sorted(set(folders) - set(classes)))} no class: correct metainfo.classes')
+        named = set(classes) == set(folders)
+        if self.folders is None:
+            if named:
+                self._take_over(classes if self.source == CHECKPOINT else folders, root)
+            self.folders = self.classes if named and self.classes else folders
+        unknown = sorted(set(folders) - set(self.folders))
+        if unknown:
+            raise LaunchError(f'the folders in {root} must be classes of {self.source} ({some(self.folders, 10)}), but '
+                              f'{some(unknown)} are not: rename or remove them')
+        if folders != self.folders[:len(folders)]:
+            to = [self.folders.index(name) for name in folders]
+            for info in dataset.data_list:
+                info['gt_label'] = to[info['gt_label']]
+            dataset.folder_to_idx = dict(zip(folders, to))
+            say(f'the folders in {root} are labelled in the order of {self.source}: ({some(self.folders, 10)})')
+        if named:
+            _set_classes(dataset, self.folders, root)
+        elif self._differs(classes, name_of(dataset)):
+            raise self._different_order(dataset, classes)
+
+    def _settle_names(self, dataset: BaseDataset, labelled: tuple[str, ...]) -> None:
+        """Labels that the data set itself has given by name can move; numbers in files say nothing of names."""
+        to = [self.classes.index(name) for name in labelled]
+        named_values = hasattr(dataset, 'label_map') and getattr(type(dataset), 'METAINFO', {}).get('classes')
+        if any('instances' in info for info in dataset.data_list[:1]):
+            _move_labels(dataset, to)
+        elif named_values:
+            old = dataset.label_map or {label: label for label in range(len(labelled))}
+            dataset.label_map = {value: to[label] if label < len(to) else label for value, label in old.items()}
+            for info in dataset.data_list:
+                info['label_map'] = dataset.label_map
+        else:
+            raise self._different_order(dataset, labelled)
+        say(f'{name_of(dataset)}: its labels follow the order of {self.source}, ({some(self.classes, 10)})')
+        _set_classes(dataset, self.classes, name_of(dataset))
+
+    def _different_order(self, dataset: BaseDataset, labelled: tuple[str, ...]) -> LaunchError:
+        return LaunchError(f'the classes of {name_of(dataset)} must be those of {self.source}, in the same order, '
+                           f'({some(self.classes, 10)}), but they are ({some(labelled, 10)}), and its labels are numbers '
+                           'without names, so that nothing tells which order is right: give all data sets the same '
+                           'metainfo.classes')
+
+
+def _move_labels(dataset: BaseDataset, to: Sequence[int]) -> None:
+    for info in dataset.data_list:
+        for instance in info['instances']:
+            instance['bbox_label'] = to[instance['bbox_label']]
+
+
+def _set_classes(dataset: BaseDataset, order: tuple[str, ...], source: str) -> None:
+    classes = tuple(dataset._metainfo['classes'])
+    if classes == order:
+        return
+    palette = dataset._metainfo.get('palette')
+    if palette is not None and len(palette) == len(classes) == len(order):
+        dataset._metainfo['palette'] = type(palette)(palette[classes.index(name)] for name in order)
+    dataset._metainfo['classes'] = order
+    say(f'{source}: metainfo.classes names the classes as ({some(classes, 10)}); the order of the labels is '
+        f'({some(order, 10)}), and the names follow it')
+
+
+def check_categories(classes: Sequence[str], categories: Sequence[str], path: str, name: str) -> None:
+    """The classes in effect, given by the config or by the kind of data set, must be categories of the annotation file.
+
+    Raises:
+        LaunchError: some are not; the message names the line to write.
+    """
+    missing = [name for name in classes if name not in categories]
+    if missing:
+        raise LaunchError(f'metainfo.classes of {name} must be categories of {path}, which has {some(categories, 10)}, but '
+                          f'got {some(missing)}. A data set without metainfo takes the classes of its type. Write into the '
+                          'data set of every data loader (at the top level of the config nothing reads it): '
+                          f'metainfo=dict(classes={tuple(categories)!r})')
+
+
+# Of checkpoints --------------------------------------------------------------------------------------------------------------
+
+def find_model_classes(path: str, cfg: Config) -> tuple[str, ...] | None:
+    """The classes that a checkpoint was trained with, in the order of its labels.
+
+    Args:
+        path (str): the file or its URL. A folder, as FSDP writes, has no names that could be read alone.
+        cfg (Config): the config, whose files tell the order where the checkpoint has no names; the log has a warning.
+
+    Returns:
+        tuple[str, ...] | None: None if neither tells.
+    """
+    classes = None if osp.isdir(path) else classes_of_meta(find_meta(read_checkpoint(path, 'meta', None), path))
+    if classes is None:
+        classes = find_file_classes(cfg)
+        order = '' if classes is None else f': ({some(classes, 10)})'
+        warn(f'{path} names no classes, so that its labels are taken for those of the data, in the order of their file{order}')
+    return classes
+
+
+def classes_of_meta(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of the classes in the ``meta`` of a checkpoint, in the order of its labels; None if it has none."""
+    for source in (meta.get('dataset_meta') or {}, meta):  # before mmengine they were in the meta itself
+        classes = {str(key).lower(): value for key, value in source.items()}.get('classes')
+        if classes:
+            return (classes, ) if isinstance(classes, str) else tuple(classes)
+    return None
+
+
+def find_file_classes(cfg: Config) -> tuple[str, ...] | None:
+    """For a checkpoint without names: those of the config's data set, in the order in which its file or folders label them.
+
+    Args:
+        cfg (Config): the config. The training set counts, and where its file is missing, the test set.
+
+    Returns:
+        tuple[str, ...] | None: None if no file tells.
+
+    Raises:
+        LaunchError: the classes of the config are no categories of the file.
+    """
+    for loader in ('train_dataloader', 'test_dataloader'):
+        for dataset in settings_of_leaves((cfg.get(loader) or {}).get('dataset')):
+            classes = _file_classes(dataset, cfg.get('default_scope'))
+            if classes is not None:
+                return classes
+    return None
+
+
+def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None:
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+    if kind is None:
+        return None
+    given = dict(dataset.get('metainfo') or {}, **({'classes': dataset['classes']} if dataset.get('classes') else {}))
+    classes = kind._load_metainfo(given).get('classes') if hasattr(kind, '_load_metainfo') else None
+    root, path = dataset.get('data_root') or '', dataset.get('ann_file')
+    if path and hasattr(kind, 'COCOAPI') and osp.isfile(osp.join(root, path)):
+        path = osp.join(root, path)
+        categories = list(read_annotations(path)[1])
+        classes = categories if classes is None else [classes] if isinstance(classes, str) else classes
+        check_categories(classes, categories, path, kind.__name__)
+        return tuple(name for name in categories if name in classes)
+    if not path and hasattr(kind, '_find_samples'):  # mmpretrain's, of folders
+        prefix = dataset.get('data_prefix') or ''
+        prefix = prefix if isinstance(prefix, str) else prefix.get('img_path', '')
+        folder = osp.join(root, prefix)
+        folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if osp.isdir(folder) else []
+        if folders and (classes is None or set(classes) == set(folders)):
+            return tuple(folders)
+    return None

@@ -1,0 +1,107 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Label maps of semantic segmentation: whether their values are the classes that the model will learn."""
+import time
+from collections import Counter
+
+import mmcv
+import numpy as np
+from mmengine.dataset import BaseDataset
+
+from ...checkpoint.safe import some
+from ..errors import LaunchError
+from .common import warn
+
+SECONDS = 1  # that the search for classes which the sample does not show may take
+LONGER = 10  # the same where the sample looks wrong
+ENOUGH = 100  # maps of a mask's two values after which it is certain that they are masks
+
+
+class LabelMaps:
+    """The values that the label maps of a data set of mmseg hold, as the files have them and as the model will see them.
+
+    Args:
+        dataset (BaseDataset): one of mmseg.
+        loader (str): name of its data loader, 'train', 'val' or 'test'.
+    """
+
+    def __init__(self, dataset: BaseDataset, loader: str) -> None:
+        self.dataset, self.loader = dataset, loader
+        self.classes = dataset._metainfo.get('classes') or ()
+        self.ignored = getattr(dataset, 'ignore_index', 255)
+        self.reduced = bool(dataset.reduce_zero_label)
+        self.pixels, self.raw, self.seen = Counter(), Counter(), set()
+
+    def add(self, index: int, path: str) -> None:
+        """Counts the values of one map.
+
+        Args:
+            index (int): its number in the data set.
+            path (str): the file.
+
+        Raises:
+            LaunchError: it has several channels, or a value that is neither a class nor ignored.
+        """
+        raw = mmcv.imread(path, flag='unchanged', backend='pillow')
+        raw = raw[..., 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
+        if raw.ndim != 2:
+            raise LaunchError(f'the label map {path} must have one channel of class numbers, but its shape is {raw.shape}: '
+                              'write an image in grey or with a palette')
+        self.seen.add(index)
+        for value, count in zip(*(part.tolist() for part in np.unique(raw, return_counts=True))):
+            self.raw[value] += count
+            label = value
+            if self.reduced:
+                label = self.ignored if value in (0, 255) else value - 1
+            label = (self.dataset.label_map or {}).get(label, label)
+            self.pixels[label] += count
+            if label != self.ignored and not 0 <= label < len(self.classes):
+                first = int(self.reduced)
+                raise LaunchError(
+                    f'the values of label maps must be from {first} to {len(self.classes) - 1 + first} ({len(self.classes)} '
+                    f'classes{", reduce_zero_label=True" * self.reduced}) or {self.ignored}, which is ignored, but {path} '
+                    f'holds {value} ({count} pixels): correct the maps, or metainfo.classes and num_classes')
+
+    def check(self) -> None:
+        """Judges all maps together, and looks at more of them where the first ones lack classes.
+
+        Raises:
+            LaunchError: they are masks of 0 and 255, the classes begin at 0 although reduce_zero_label removes it, or only one
+                class is left beside the ignored value.
+        """
+        suspicious = len(self._labels()) < 2 <= len(self.classes)
+        self._search(LONGER if suspicious else SECONDS)
+        labels, whole = self._labels(), len(self.seen) == len(self.dataset)
+        unseen = [name for label, name in enumerate(self.classes) if label not in labels]
+        if not unseen:
+            return
+        text = (f'the label maps of {self.loader}_dataloader must hold the {len(self.classes)} classes, but the values of '
+                f'{len(self.seen)} of {len(self.dataset)} maps are {some(sorted(self.raw), 6)}, of which '
+                + (f'0 and {self.ignored} count as ignored (reduce_zero_label=True)' if self.reduced else
+                   f'{self.ignored} counts as ignored'))
+        remedy = ': write class numbers into the maps (a mask of 0 and 255 as 0 and 1)'
+        shifted = self.reduced and self.raw[0] and max(self.raw, key=lambda value: value % 255) == len(self.classes) - 1
+        if shifted:  # the classes from 0 on, one more than can be left
+            remedy = ': set reduce_zero_label=False in the data sets of all data loaders, because the maps number from 0'
+        masks = set(self.raw) == {0, 255} and self.ignored == 255
+        train = self.loader == 'train'
+        certain = (masks and (whole or len(self.seen) >= ENOUGH)
+                   or whole and len(self.classes) > 1 and len(labels) < 2 and self.pixels[self.ignored] > 0
+                   or whole and shifted and train or not labels and whole)
+        if certain and len(self.classes) > 1:
+            raise LaunchError(text + remedy)
+        if suspicious and len(labels) < 2 or whole:
+            warn(f'{len(unseen)} of {len(self.classes)} classes ({some(unseen)}) have no pixel: {text}')
+
+    def _search(self, seconds: float) -> None:
+        started = time.monotonic()
+        for index in range(len(self.dataset)):
+            if len(self._labels()) == len(self.classes) or time.monotonic() - started > seconds:
+                return
+            if index not in self.seen:
+                try:
+                    self.add(index, self.dataset.get_data_info(index)['seg_map_path'])
+                except OSError:
+                    continue  # a broken file, which the data loader names
+
+    def _labels(self) -> list[int]:
+        return [label for label, count in self.pixels.items() if count and label != self.ignored]

@@ -1,0 +1,293 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The one pass over what a run has really built.
+
+:class:`DataChecks` watches the data sets while they are built, because mmdet throws the annotation file away and mmengine packs
+the list of images at the end of it. So the file is parsed once, and a list is relabelled before it is packed.
+"""
+import contextlib
+import copy
+import os.path as osp
+from collections import Counter
+from importlib import import_module
+from itertools import chain
+from operator import itemgetter
+from typing import Any, Iterable, Iterator, Mapping, Sequence
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from mmengine.dataset import BaseDataset, Compose
+from mmengine.registry import HOOKS, MODELS
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from ...checkpoint.safe import some
+from ..errors import LaunchError
+from .annotations import check_annotations
+from .classes import ClassOrder
+from .common import leaves, name_of, say, steps_of, warn
+from .evaluators import check_evaluator
+from .images import NamingPipeline, reads_local_images, why_broken
+from .label_maps import LabelMaps
+from .model import check_heads, check_semantic_maps, check_sliding_window
+from .report import Record, table
+
+SAMPLE = 8  # files per data set that are opened before every run
+
+
+class DataChecks:
+    """The checks of one run. :meth:`watch` before the data sets are built, :meth:`check` when they are.
+
+    Args:
+        classes (Sequence[str] | None): the order of the classes that the model was trained with. Default: None, that of the
+            first data set that is built, which in a training is the training set.
+        check_all (bool): open every image and label map instead of a sample. Default: False.
+    """
+
+    def __init__(self, classes: Sequence[str] | None = None, check_all: bool = False) -> None:
+        self.order = ClassOrder(classes)
+        self.check_all = check_all
+        self.records: dict[int, Record] = {}
+        self.categories: dict[str, list[dict]] = {}
+        self.annotated: dict[str, int] = {}
+        self._stack = contextlib.ExitStack()
+
+    # While the data sets are built ---------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Looks at every annotation file and every list of images from now on, until :meth:`stop`."""
+        serialize, checks = BaseDataset._serialize_data, self
+
+        def serialize_checked(dataset: BaseDataset):
+            checks.inspect(dataset)
+            return serialize(dataset)
+
+        self._stack.enter_context(patch.object(BaseDataset, '_serialize_data', serialize_checked))
+        try:
+            coco = import_module('mmdet.datasets.api_wrappers').COCO
+        except ImportError:
+            return
+        build = coco.__init__
+
+        def build_checked(self, annotation_file: str | None = None) -> None:
+            try:
+                build(self, annotation_file)
+            except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+                content = getattr(self, 'dataset', None)
+                if isinstance(content, dict) and content:
+                    check_annotations(content, str(annotation_file))  # which may know the reason
+                raise LaunchError(f'{annotation_file} must be an annotation file in COCO format, but is not: '
+                                  f'{type(error).__name__}: {error}') from error
+            if annotation_file is not None and type(self) is coco:
+                path = osp.abspath(annotation_file)
+                check_annotations(self.dataset, annotation_file, self)
+                checks.categories[path] = self.dataset.get('categories', [])
+                checks.annotated[path] = len(self.dataset.get('annotations', []))
+
+        self._stack.enter_context(patch.object(coco, '__init__', build_checked))
+
+    def stop(self) -> None:
+        """Leaves mmengine's and mmdet's classes as they were."""
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """:meth:`watch` and :meth:`stop` around the code that builds the data sets."""
+        self.watch()
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def inspect(self, dataset: BaseDataset) -> None:
+        """Checks a data set's list of images before it is packed, and relabels it where its classes have another order.
+
+        Raises:
+            LaunchError: nothing is left to train on, or the classes cannot be those of the file or of the training.
+        """
+        if id(dataset) in self.records:
+            return
+        path = osp.abspath(dataset.ann_file) if dataset.ann_file else ''
+        self.order.settle(dataset, path, self.categories.get(path) if hasattr(dataset, 'cat_ids') else None)
+        first = next(iter(dataset.data_list), None)
+        if first is None:
+            raise LaunchError(f'{name_of(dataset)} must have at least one image, but none is left'
+                              + (' that has an object of its classes' if hasattr(dataset, 'cat2label') else '')
+                              + ': check its annotation file, its folders, its metainfo.classes and its filter_cfg')
+        classes = dataset._metainfo.get('classes')
+        record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
+        if 'instances' in first:
+            self._count_instances(dataset, record, path)
+        elif 'gt_label' in first:
+            _count_labels(dataset, record)
+        self.records[id(dataset)] = record
+
+    def _count_instances(self, dataset: BaseDataset, record: Record, path: str) -> None:
+        infos = dataset.data_list
+        instances = [instance for info in infos for instance in info['instances']]
+        ignored = any(map(itemgetter('ignore_flag'), instances))
+        counted = [instance for instance in instances if not instance['ignore_flag']] if ignored else instances
+        record.objects = Counter(map(itemgetter('bbox_label'), counted))
+        record.empty = sum(all(instance['ignore_flag'] for instance in info['instances']) for info in infos)
+        record.ignored = self.annotated.get(path, len(instances)) - len(counted)
+        record.names = {info['img_id']: osp.basename(info['img_path']) for info in infos}
+        sides = chain.from_iterable([instance['bbox'] for instance in counted])
+        boxes = np.fromiter(sides, np.float64, 4 * len(counted)).reshape(-1, 4)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        small, large = int((areas < 32 ** 2).sum()), int((areas >= 96 ** 2).sum())
+        record.areas = (small, len(areas) - small - large, large)
+        if 'width' in infos[0] and 'height' in infos[0]:
+            widths, heights = ([info[key] for info in infos] for key in ('width', 'height'))
+            record.sizes = f'{min(widths)}×{min(heights)} to {max(widths)}×{max(heights)}'
+        if any(getattr(step, 'with_mask', False) for step in steps_of(dataset.pipeline)):
+            maskless = sum('mask' not in instance for instance in instances)
+            if maskless:
+                raise LaunchError(f'every annotation in {path or name_of(dataset)} must have a segmentation, because the '
+                                  f'pipeline loads masks (with_mask=True), but {maskless} of {len(instances)} have none: add '
+                                  'them, or train a detector of boxes')
+        if not counted:
+            text = (f'{name_of(dataset)} must have objects of its classes, but its {len(infos)} images have none that counts; '
+                    f'{record.ignored} annotations are crowds (iscrowd=1), of other categories, outside of their image or '
+                    'without area')
+            if not dataset.test_mode:
+                raise LaunchError(f'{text}: correct {path or "the annotations"}')
+            warn(text)
+        elif not dataset.test_mode:
+            _warn_of_missing(record, dataset, 'object')
+
+    # When all is built ---------------------------------------------------------------------------------------------------
+
+    def check(self, loaders: Mapping[str, Any], model: nn.Module, evaluators: Mapping[str, Any]) -> None:
+        """Checks what was built against each other, opens a sample of the files, and prints the table.
+
+        Args:
+            loaders (Mapping[str, DataLoader]): the run's data loaders by name ('train', 'val' or 'test').
+            model (nn.Module): the model.
+            evaluators (Mapping[str, Evaluator]): mmengine's evaluators by the names of their loaders.
+
+        Raises:
+            LaunchError: for what does not go together.
+        """
+        self.stop()
+        check_sliding_window(model)
+        broken = []
+        for name, loader in loaders.items():
+            datasets = list(leaves(loader.dataset))
+            for dataset in datasets:
+                if isinstance(dataset, BaseDataset):
+                    if not dataset.serialize_data:
+                        self._inspect_late(dataset)
+                    broken += self._check_files(dataset, name)
+                    if type(dataset.pipeline) is Compose:
+                        dataset.pipeline = NamingPipeline(dataset)
+            records = [self.records[id(dataset)] for dataset in datasets if id(dataset) in self.records]
+            check_heads(model, records, f'{name}_dataloader')
+            if name == 'train':
+                check_semantic_maps(model, datasets, 'train_dataloader')
+            if name in evaluators:
+                check_evaluator(evaluators[name], datasets, records, len(loader.dataset), name)
+        if broken:
+            for line in broken:
+                print(line)
+            raise LaunchError(f'every image and label map must be readable, but {len(broken)} are not '
+                              f'({some(broken, 2)}): replace or remove them')
+        say(table(loaders, self.records))
+
+    def _inspect_late(self, dataset: BaseDataset) -> None:
+        before = dataset._metainfo.get('classes')
+        self.inspect(dataset)
+        if before is not None and tuple(before) != tuple(dataset._metainfo['classes']):
+            raise LaunchError(f'the classes of {name_of(dataset)} must be in the order ({some(self.order.classes, 10)}), but '
+                              f'with serialize_data=False they stay ({some(before, 10)}): remove serialize_data=False')
+
+    def _check_files(self, dataset: BaseDataset, loader: str) -> list[str]:
+        """Opens images and label maps. Returns a sentence for each that is broken."""
+        if not reads_local_images(dataset):
+            return []
+        count = len(dataset)
+        chosen: Iterable[int] = sorted({round(index) for index in np.linspace(0, count - 1, min(count, SAMPLE))})
+        if self.check_all:
+            chosen = track(range(count), f'Checking {loader} files', console=Console(stderr=True))
+        broken, labels = [], LabelMaps(dataset, loader) if hasattr(dataset, 'label_map') else None
+        for index in chosen:
+            info = dataset.get_data_info(index)
+            for key in ('img_path', 'seg_map_path'):
+                path = info.get(key)
+                reason = why_broken(path) if isinstance(path, str) else None
+                if reason:
+                    broken.append(f'{path}: {reason}')
+                elif labels and key == 'seg_map_path' and isinstance(path, str) and '://' not in path:
+                    labels.add(index, path)
+        if labels and labels.seen and not broken:
+            labels.check()
+        return broken
+
+
+def _count_labels(dataset: BaseDataset, record: Record) -> None:
+    for info in dataset.data_list:
+        record.objects.update(np.atleast_1d(info['gt_label']).tolist())
+    count = len(record.classes) if record.classes else None
+    wrong = sorted(label for label in record.objects if label < 0 or (count is not None and label >= count))
+    if wrong:
+        raise LaunchError(f'every label of {name_of(dataset)} must be from 0 to {(count or 1) - 1}, but '
+                          f'{sum(record.objects[label] for label in wrong)} of {record.images} images have {some(wrong)}: '
+                          f'correct {dataset.ann_file or "the classes"}')
+    _warn_of_missing(record, dataset, 'image')
+
+
+def _warn_of_missing(record: Record, dataset: BaseDataset, what: str) -> None:
+    missing = [name for label, name in enumerate(record.classes or ()) if not record.objects[label]]
+    if missing:
+        warn(f'{len(missing)} of {len(record.classes)} classes have no {what} in {name_of(dataset)}: {some(missing, 10)}')
+
+
+def check_run(runner: Any, loops: Sequence[str], classes: Sequence[str] | None = None, check_all: bool = False) -> None:
+    """Builds the data sets of a run, and checks them, before weights are downloaded or loaded.
+
+    Args:
+        runner (Runner | FlexibleRunner): built, and not started.
+        loops (Sequence[str]): among 'train', 'val' and 'test'; those that the config does not have are left out.
+        classes (Sequence[str] | None): see :class:`DataChecks`. Default: None.
+        check_all (bool): see :class:`DataChecks`. Default: False.
+
+    Raises:
+        LaunchError: for what cannot be put right.
+    """
+    checks = DataChecks(classes, check_all)
+    for hook in runner.hooks:
+        if isinstance(hook, HOOKS.get('DataCheckHook')):  # which the config names; the checks of the tool replace its own
+            hook.checks.stop()
+            hook.checks, hook.done = checks, True
+            break
+    else:  # it checks the checkpoint
+        runner.register_hook(dict(type='DataCheckHook', checks=checks))
+    with checks.watching():
+        built = {name: loop for name in loops if (loop := getattr(runner, f'{name}_loop')) is not None}
+    if built:
+        check_loops(checks, runner, built)
+
+
+def load_one_batch(runner: Any, loops: Sequence[str]) -> None:
+    """Loads one batch of the data loader of every loop.
+
+    Raises:
+        LaunchError: it cannot be loaded.
+    """
+    for name in loops:
+        loop = getattr(runner, f'{name}_loop')
+        if hasattr(loop, 'dataloader'):  # loops by iterations have an iterator, which their endless sampler gives once
+            next(getattr(loop, 'dataloader_iterator', None) or iter(loop.dataloader))
+
+
+def check_loops(checks: DataChecks, runner: Any, loops: Mapping[str, Any]) -> None:
+    """Checks the loops that a runner has built."""
+    loops = {name: loop for name, loop in loops.items() if hasattr(loop, 'dataloader')}
+    evaluators = {name: loop.evaluator for name, loop in loops.items() if hasattr(loop, 'evaluator')}
+    model = runner.model
+    if not isinstance(model, nn.Module):  # FlexibleRunner builds it later; without memory that takes a moment
+        with torch.device('meta'):
+            model = MODELS.build(copy.deepcopy(model))
+    while hasattr(model, 'module') and isinstance(model.module, nn.Module):  # of DDP, and of test-time augmentation
+        model = model.module
+    checks.check({name: loop.dataloader for name, loop in loops.items()}, model, evaluators)

@@ -1,0 +1,73 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Names of the pictures that a test draws: images of one name in different folders get different ones."""
+import os
+import os.path as osp
+from collections import Counter
+from typing import Any, Callable, Iterable, Mapping
+
+from .checks.common import leaves, say
+
+
+def distinct_names(paths: Iterable[str]) -> dict[str, str]:
+    """File names for images whose own name another image has, too: their folders below the common one come before the name.
+
+    Args:
+        paths (Iterable[str]): of images.
+
+    Returns:
+        dict[str, str]: such as {'data/a/0.png': 'a_0.png', 'data/b/0.png': 'b_0.png'}; only for images that need it.
+    """
+    paths = list(dict.fromkeys(paths))
+    counts = Counter(osp.basename(path) for path in paths)
+    same = [path for path in paths if counts[osp.basename(path)] > 1]
+    if not same:
+        return {}
+    root = osp.commonpath([osp.dirname(osp.abspath(path)) for path in same])
+    names, taken = {}, set(counts)
+    for path in same:
+        name = draft = osp.relpath(osp.abspath(path), root).replace(os.sep, '_')
+        number = 1
+        while name in taken:  # a_b/0.png and a/b_0.png, or 0.png beside a/0.png
+            number += 1
+            name = f'{number}_{draft}'
+        names[path] = name
+        taken.add(name)
+    return names
+
+
+def name_pictures_apart(runner: Any) -> None:
+    """Makes a runner's visualizer write a picture of its own for every image of the test.
+
+    The visualization hooks of mmdet, mmseg and mmpretrain name it after the image without its folder.
+
+    Args:
+        runner (Runner | FlexibleRunner): with a test loop that is built.
+    """
+    paths = []
+    for dataset in leaves(runner.test_loop.dataloader.dataset):
+        infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, 'get_data_info') else ()
+        paths += [info['img_path'] for info in infos if isinstance(info.get('img_path'), str)]
+    names = distinct_names(paths)
+    if not names:
+        return
+    say(f'--show-dir: {len(names)} images have the name of another one; their pictures are named with their folders')
+    for method in ('add_datasample', 'visualize_cls'):
+        if hasattr(runner.visualizer, method):
+            setattr(runner.visualizer, method, _renaming(getattr(runner.visualizer, method), names))
+
+
+def _renaming(draw: Callable, names: Mapping[str, str]) -> Callable:
+    def draw_apart(*args, **kwargs) -> None:
+        path = kwargs['data_sample'].get('img_path') if 'data_sample' in kwargs else None
+        if path in names:
+            def rename(text: Any) -> Any:
+                if not isinstance(text, str):
+                    return text
+                folder, name = osp.split(text)
+                return osp.join(folder, name.replace(osp.basename(path), names[path]))
+
+            args = (*map(rename, args[:1]), *args[1:])
+            kwargs = {key: rename(value) if key in ('name', 'out_file') else value for key, value in kwargs.items()}
+        draw(*args, **kwargs)
+
+    return draw_apart

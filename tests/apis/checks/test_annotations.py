@@ -1,0 +1,72 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Entries of annotation files, and objects that are left."""
+
+import pytest
+from mmdet.datasets.transforms import LoadAnnotations
+from mmdet.evaluation import CocoMetric
+from mmengine.evaluator import Evaluator
+
+from revcol_mm.apis.errors import LaunchError
+from tests.apis.checks.made_up import coco_set, loaders, model_of, write_coco
+
+
+def test_a_training_set_of_crowds_is_refused(checks, tmp_path):
+    def crowd(content):
+        for annotation in content['annotations']:
+            annotation['iscrowd'] = 1
+
+    with pytest.raises(LaunchError, match='its 2 images have none that counts; 2 annotations are crowds'):
+        coco_set(write_coco(tmp_path, change=crowd))
+
+
+def test_a_training_set_without_an_image_left_is_refused(checks, tmp_path):
+    with pytest.raises(LaunchError, match='must have at least one image, but none is left'):
+        coco_set(write_coco(tmp_path), filter_cfg=dict(filter_empty_gt=True, min_size=1000))
+
+
+def test_a_class_without_objects_is_a_warning_with_the_number(checks, tmp_path, said):
+    coco_set(write_coco(tmp_path, objects=('disc', 'disc')))
+    assert any('1 of 2 classes have no object in CocoDataset' in line and line.endswith('square') for line in said)
+
+
+def test_a_test_set_without_annotations_is_accepted_with_a_warning(checks, tmp_path, said):
+    coco_set(write_coco(tmp_path, change=lambda content: content.update(annotations=[])), test_mode=True)
+    assert any('must have objects of its classes' in line for line in said)
+
+
+@pytest.mark.parametrize('box', [[1, 1, float('nan'), 8], [1, 1, float('inf'), 8], [1, 1, 8], None])
+def test_a_box_that_is_not_finite_is_counted_and_named(checks, tmp_path, box):
+    def spoil(content):
+        content['annotations'][1]['bbox'] = box
+
+    with pytest.raises(LaunchError, match=r'train.json must be four finite numbers.*1 of 2 are not \(id 2 in image 1: '):
+        coco_set(write_coco(tmp_path, change=spoil))
+
+
+@pytest.mark.parametrize('part, key, index', [('images', 'height', 1), ('images', 'width', 1), ('annotations', 'area', 2),
+                                              ('annotations', 'bbox', 2)])
+def test_entries_that_lack_what_mmdet_reads_are_named(checks, tmp_path, part, key, index):
+    found = rf'every entry of {part} in .*train.json must have {key}, but 1 of 2 .*\(id {index}\)'
+    with pytest.raises(LaunchError, match=found):
+        coco_set(write_coco(tmp_path, change=lambda content: content[part][1].pop(key)))
+
+
+def test_a_missing_iscrowd_is_0(checks, tmp_path, said):
+    path = write_coco(tmp_path, change=lambda content: content['annotations'][0].pop('iscrowd'))
+    metric = CocoMetric(str(path))
+    assert metric._coco_api.anns[1]['iscrowd'] == 0
+    assert any('1 of 2 annotations have no iscrowd' in line for line in said)
+
+
+def test_annotations_without_masks_are_refused_where_the_pipeline_loads_masks(checks, tmp_path):
+    path = write_coco(tmp_path, change=lambda content: content['annotations'][1].pop('segmentation'))
+    with pytest.raises(LaunchError, match=r'must have a segmentation.*\(with_mask=True\), but 1 of 2 have none'):
+        coco_set(path, pipeline=[LoadAnnotations(with_bbox=True, with_mask=True)])
+    coco_set(path, pipeline=[LoadAnnotations(with_bbox=True)])
+
+
+def test_an_evaluator_of_masks_needs_masks(checks, tmp_path):
+    path = write_coco(tmp_path, change=lambda content: content['annotations'][1].pop('segmentation'))
+    val, metric = coco_set(path), CocoMetric(str(path), metric=['bbox', 'segm'])
+    with pytest.raises(LaunchError, match=r"metric is segm, but 1 of 2 have none \(id 2\).*val_evaluator.metric='bbox'"):
+        checks.check(loaders(val=val), model_of(2), dict(val=Evaluator([metric])))

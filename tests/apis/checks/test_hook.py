@@ -1,0 +1,146 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The checks before a run, reached from tools/train.py, tools/test.py, and from a config that names the hook."""
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from revcol_mm.apis import test, train
+from revcol_mm.apis.errors import LaunchError
+
+CONFIG = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['revcol_mm', 'revcol_mm.classification'], allow_failed_imports=False)
+model = dict(type='ImageClassifier', backbone=dict(type='LeNet5'), neck=dict(type='GlobalAveragePooling'), head=dict(
+    type='LinearClsHead', num_classes=2, in_channels=120, topk=1, loss=dict(type='CrossEntropyLoss')),
+    data_preprocessor=dict(num_classes=2, mean=[0.], std=[255.]))
+pipeline = [dict(type='LoadImageFromFile', color_type='grayscale'), dict(type='PackInputs')]
+train_dataloader = dict(batch_size=2, num_workers=0, dataset=dict(type='CustomDataset', data_root='train', pipeline=pipeline),
+                        sampler=dict(type='DefaultSampler', shuffle=False))
+test_dataloader = dict(batch_size=2, num_workers=0, dataset=dict(type='CustomDataset', data_root='train', pipeline=pipeline),
+                       sampler=dict(type='DefaultSampler', shuffle=False))
+test_evaluator = dict(type='Accuracy')
+test_cfg = dict()
+train_cfg = dict(by_epoch=True, max_epochs=2)
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1), logger=dict(type='LoggerHook'),
+                     timer=dict(type='IterTimerHook'), runtime_info=dict(type='RuntimeInfoHook'))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """Four images of two classes, of which the first is black and the second white, and the config."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (('a', 0), ('b', 255)):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for index in range(2):
+            cv2.imwrite(str(tmp_path / 'train' / name / f'{index}.png'), np.full((32, 32), value, np.uint8))
+    (tmp_path / 'config.py').write_text(CONFIG)
+    return tmp_path
+
+
+def run(*options: str, arguments: tuple[str, ...] = ()) -> None:
+    train.train(['config.py', '--work-dir', 'work', *arguments, *(('--cfg-options', *options) if options else ())])
+
+
+def build(**settings) -> Runner:
+    """mmengine's own runner of the config, as the tools of OpenMMLab build it."""
+    from mmpretrain.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    cfg = Config.fromfile('config.py')
+    cfg.merge_from_dict(dict(work_dir='work', custom_hooks=[dict(type='DataCheckHook')], **settings))
+    cfg.train_dataloader.collate_fn = dict(type='default_collate')
+    init_default_scope('mmpretrain')
+    return Runner.from_cfg(cfg)
+
+
+def test_a_dry_run_checks_and_trains_nothing(folder, capsys):
+    run(arguments=('--dry-run', ))
+    assert 'All checks have passed' in capsys.readouterr().out
+    assert not list(folder.rglob('*.pth'))
+
+
+def test_a_dry_run_loads_a_batch_of_every_loader(folder):
+    text = CONFIG.replace("dict(type='LoadImageFromFile', color_type='grayscale')", "dict(type='CenterCrop', crop_size=8)")
+    (folder / 'config.py').write_text(text)
+    with pytest.raises(LaunchError, match=r'train/a/0.png cannot be used: AssertionError: `img` is not found'):
+        run(arguments=('--dry-run', ))
+
+
+def test_check_data_names_all_broken_files_and_does_not_train(folder, capsys):
+    (folder / 'train' / 'b' / '1.png').write_bytes(b'')
+    with pytest.raises(LaunchError, match='every image and label map must be readable, but 1 are not'):
+        run(arguments=('--check-data', ))
+    assert 'train/b/1.png: the file is empty' in capsys.readouterr().out
+    assert not list(folder.rglob('*.pth'))
+
+
+def test_the_names_that_are_stored_and_tested_are_those_of_the_folders():
+    run("train_dataloader.dataset.metainfo.classes=('b','a')", 'default_hooks.checkpoint.interval=4')
+    meta = torch.load('work/iter_4.pth', weights_only=True)['meta']
+    assert meta['dataset_meta']['classes'] == ('a', 'b')
+
+
+def test_a_test_maps_the_labels_to_the_checkpoint():
+    run('default_hooks.checkpoint.interval=4')
+    checkpoint = torch.load('work/iter_4.pth', weights_only=True)
+    scores = [test.test(['config.py', 'work/iter_4.pth', '--work-dir', 'work'])['accuracy/top1']]
+    for name in ('head.fc.weight', 'head.fc.bias'):  # the same model, trained with the classes the other way round
+        checkpoint['state_dict'][name] = checkpoint['state_dict'][name].flip(0)
+    checkpoint['meta']['dataset_meta']['classes'] = ('b', 'a')
+    torch.save(checkpoint, 'flipped.pth')
+    scores.append(test.test(['config.py', 'flipped.pth', '--work-dir', 'work'])['accuracy/top1'])
+    assert scores[0] == scores[1]
+
+
+def test_a_head_of_another_size_is_refused_before_training(folder):
+    with pytest.raises(LaunchError, match=r'model.head \(LinearClsHead\) is 5: set num_classes=2'):
+        run('model.head.num_classes=5')
+    assert not list(folder.rglob('*.pth'))
+
+
+def test_without_exact_resuming_a_training_by_epochs_is_not_resumed_inside_of_an_epoch():
+    run('default_hooks.exact_resume=None')
+    with pytest.raises(LaunchError, match=r'\(2 iterations\), but this one is of iteration 3: resume from one of iteration 2'):
+        run('default_hooks.exact_resume=None', arguments=('--resume', 'work/iter_3.pth'))
+
+
+def test_a_training_by_epochs_is_resumed_between_two_epochs(folder):
+    run()
+    (folder / 'work' / 'iter_4.pth').unlink()
+    run(arguments=('--resume', 'work/iter_2.pth'))
+    assert torch.load('work/iter_4.pth', weights_only=True)['meta']['iter'] == 4
+
+
+def test_settings_are_put_right_by_the_tool(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, 'build_runner', lambda cfg, **_: seen.append(cfg) or (_ for _ in ()).throw(LaunchError('stop')))
+    with pytest.raises(LaunchError, match='stop'):
+        run('auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=8',
+            'train_dataloader.dataset.metainfo.classes=square', arguments=('--auto-scale-lr', ))
+    assert seen[0].auto_scale_lr.base_batch_size == 2
+    assert seen[0].train_dataloader.dataset.metainfo.classes == ('square', )
+
+
+def test_misspelt_options_are_refused_by_the_tool():
+    with pytest.raises(LaunchError, match='did you mean train_dataloader.batch_size'):
+        run('train_dataloder.batch_size=1')
+
+
+def test_a_config_that_names_the_hook_is_checked_in_any_runner():
+    with pytest.raises(LaunchError, match='set num_classes=2'):
+        build(**{'model.head.num_classes': 5}).train()
+    with pytest.raises(LaunchError, match='set auto_scale_lr.base_batch_size to 16/8'):
+        build(**{'auto_scale_lr.enable': True, 'auto_scale_lr.base_batch_size': 16,
+                 'optim_wrapper.accumulative_counts': 8}).train()
+
+
+def test_the_hook_of_a_config_and_the_tools_own_do_not_meet(folder):
+    (folder / 'config.py').write_text(CONFIG + "custom_hooks = [dict(type='DataCheckHook')]\n")
+    run(arguments=('--dry-run', ))

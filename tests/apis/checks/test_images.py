@@ -1,0 +1,47 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Broken images, before the run and in it."""
+
+import pytest
+from mmcv.transforms import LoadImageFromFile
+from mmengine.dataset import Compose
+from torch.utils.data import DataLoader
+
+from revcol_mm.apis.checks.images import SampleError
+from revcol_mm.apis.checks.run import DataChecks
+from revcol_mm.apis.errors import LaunchError
+from tests.apis.checks.made_up import coco_set, loaders, model_of, write_coco
+
+
+@pytest.mark.parametrize('spoil, found', [
+    (lambda path: path.write_bytes(b''), 'the file is empty'), (lambda path: path.unlink(), 'there is no such file'),
+    (lambda path: path.write_bytes(b'no image'), 'cannot be read as an image'),
+    (lambda path: path.write_bytes(path.read_bytes()[:60]), 'cannot be read as an image')])
+def test_a_broken_image_is_named_before_the_run(checks, tmp_path, spoil, found):
+    dataset = coco_set(write_coco(tmp_path))
+    spoil(tmp_path / 'train' / '1.png')
+    with pytest.raises(LaunchError, match=f'train/1.png: .*{found}'):
+        checks.check(loaders(train=dataset), model_of(2), {})
+
+
+def test_check_all_lists_every_broken_file(tmp_path, capsys):
+    checks = DataChecks(check_all=True)
+    checks.watch()
+    dataset = coco_set(write_coco(tmp_path, objects=('disc', 'square') * 20))
+    for index in (3, 11, 38):
+        (tmp_path / 'train' / f'{index}.png').write_bytes(b'')
+    with pytest.raises(LaunchError, match='but 3 are not'):
+        checks.check(loaders(train=dataset), model_of(2), {})
+    listed = [line.split(':')[0].rpartition('/')[2] for line in capsys.readouterr().out.splitlines() if '.png' in line]
+    assert listed == ['3.png', '11.png', '38.png']
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_fails_in_the_run_is_named_in_one_sentence(checks, tmp_path, workers):
+    dataset = coco_set(write_coco(tmp_path, objects=('disc', 'square') * 20), pipeline=[LoadImageFromFile()])
+    (tmp_path / 'train' / '1.png').write_bytes(b'')  # outside of the sample
+    checks.check(loaders(train=dataset), model_of(2), {})
+    assert isinstance(dataset.pipeline, Compose)
+    with pytest.raises(SampleError) as error:
+        list(DataLoader(dataset, num_workers=workers, collate_fn=list, multiprocessing_context='fork' if workers else None))
+    assert 'train/1.png cannot be used' in str(error.value) and 'the file is empty' in str(error.value)
+    assert '\n' not in str(error.value)

@@ -1,0 +1,30 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""The table, and what is left behind."""
+from types import SimpleNamespace
+
+from mmdet.datasets import CocoDataset
+from mmengine.dataset import BaseDataset
+
+from revcol_mm.apis.checks.report import table
+from revcol_mm.apis.checks.run import DataChecks
+from tests.apis.checks.made_up import BOX, coco_set, write_coco
+
+
+def test_the_table_has_the_numbers_of_the_data_set(checks, tmp_path):
+    def add(content):
+        content['images'].append(dict(id=9, file_name='0.png', width=60, height=70))
+        content['annotations'].append(dict(BOX, id=9, image_id=0, category_id=1, iscrowd=1))
+
+    dataset = coco_set(write_coco(tmp_path, change=add), filter_cfg=dict(filter_empty_gt=False))
+    text = table(dict(train=SimpleNamespace(dataset=dataset)), checks.records)
+    row = [cell.strip() for cell in next(line for line in text.splitlines() if 'CocoDataset' in line).split('│')]
+    assert row[1:-1] == ['train', 'CocoDataset', '2', '3', '1', '2', '2/0/0', '1', '50×40 to 60×70']
+
+
+def test_the_libraries_are_as_before_when_the_checks_have_stopped(tmp_path):
+    before = BaseDataset._serialize_data, CocoDataset.COCOAPI.__init__
+    checks = DataChecks()
+    checks.watch()
+    assert BaseDataset._serialize_data is not before[0] and CocoDataset.COCOAPI.__init__ is not before[1]
+    checks.stop()
+    assert (BaseDataset._serialize_data, CocoDataset.COCOAPI.__init__) == before
