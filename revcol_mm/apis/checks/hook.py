@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The checks of the data, for whatever tool runs the config."""
 import logging
+import weakref
 from typing import Sequence
 
 from mmengine.hooks import Hook
@@ -39,6 +40,7 @@ class DataCheckHook(Hook):
         self.checks = checks or DataChecks(classes, check_all)
         if not self.done:
             self.checks.watch()
+            weakref.finalize(self, self.checks.stop)  # with a run that is built and never started
 
     def before_run(self, runner) -> None:
         """Checks what the runner has built, before weights are loaded."""
@@ -46,10 +48,11 @@ class DataCheckHook(Hook):
             return
         self.done = True
         loops = {name: getattr(runner, f'_{name}_loop') for name in ('train', 'val', 'test')}
-        if hasattr(loops['train'], 'dataloader'):  # the others are not built
-            check_accumulation(runner.cfg)
-            check_schedulers(runner.cfg, repair=False)
-        check_loops(self.checks, runner, loops)
+        with self.checks.stopping_on_errors():
+            if hasattr(loops['train'], 'dataloader'):  # the others are not built
+                check_accumulation(runner.cfg)
+                check_schedulers(runner.cfg, repair=False)
+            check_loops(self.checks, runner, loops)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Looks at what a checkpoint says of its classes and, when a training is resumed, of its place in the epoch.

@@ -11,7 +11,7 @@ from collections import Counter
 from importlib import import_module
 from itertools import chain
 from operator import itemgetter
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 from unittest.mock import patch
 
 import numpy as np
@@ -45,6 +45,9 @@ class DataChecks:
         check_all (bool): open every image and label map instead of a sample. Default: False.
     """
 
+    #: Those that watch now: one run at a time.
+    active: 'DataChecks | None' = None
+
     def __init__(self, classes: Sequence[str] | None = None, check_all: bool = False) -> None:
         self.order = ClassOrder(classes)
         self.check_all = check_all
@@ -56,11 +59,15 @@ class DataChecks:
     # While the data sets are built ---------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Looks at every annotation file and every list of images from now on, until :meth:`stop`."""
+        """Looks at every annotation file and every list of images from now on, until :meth:`stop`, an error, or another run."""
+        if DataChecks.active is not None:  # of a run that was built and never started
+            DataChecks.active.stop()
+        DataChecks.active = self
         serialize, checks = BaseDataset._serialize_data, self
 
         def serialize_checked(dataset: BaseDataset):
-            checks.inspect(dataset)
+            with checks.stopping_on_errors():
+                checks.inspect(dataset)
             return serialize(dataset)
 
         self._stack.enter_context(patch.object(BaseDataset, '_serialize_data', serialize_checked))
@@ -71,25 +78,25 @@ class DataChecks:
         build = coco.__init__
 
         def build_checked(self, annotation_file: str | None = None) -> None:
-            try:
-                build(self, annotation_file)
-            except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
-                content = getattr(self, 'dataset', None)
-                if isinstance(content, dict) and content:
-                    check_annotations(content, str(annotation_file))  # which may know the reason
-                raise LaunchError(f'{annotation_file} must be an annotation file in COCO format, but is not: '
-                                  f'{type(error).__name__}: {error}') from error
-            if annotation_file is not None and type(self) is coco:
-                path = osp.abspath(annotation_file)
-                check_annotations(self.dataset, annotation_file, self)
-                checks.categories[path] = self.dataset.get('categories', [])
-                checks.annotated[path] = len(self.dataset.get('annotations', []))
+            with checks.stopping_on_errors():
+                checks.build_annotations(build, self, annotation_file)
 
         self._stack.enter_context(patch.object(coco, '__init__', build_checked))
 
     def stop(self) -> None:
         """Leaves mmengine's and mmdet's classes as they were."""
         self._stack.close()
+        if DataChecks.active is self:
+            DataChecks.active = None
+
+    @contextlib.contextmanager
+    def stopping_on_errors(self) -> Iterator[None]:
+        """:meth:`stop` if the code raises an error, which ends the run."""
+        try:
+            yield
+        except Exception:
+            self.stop()
+            raise
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -99,6 +106,26 @@ class DataChecks:
             yield
         finally:
             self.stop()
+
+    def build_annotations(self, build: Callable[..., None], coco: Any, annotation_file: str | None) -> None:
+        """Reads an annotation file with ``build``, which is mmdet's ``COCO.__init__``, and checks its entries.
+
+        Raises:
+            LaunchError: the file has another format, or entries that mmdet cannot use.
+        """
+        try:
+            build(coco, annotation_file)
+        except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
+            content = getattr(coco, 'dataset', None)
+            if isinstance(content, dict) and content:
+                check_annotations(content, str(annotation_file))  # which may know the reason
+            raise LaunchError(f'{annotation_file} must be an annotation file in COCO format, but is not: '
+                              f'{type(error).__name__}: {error}') from error
+        if annotation_file is not None and type(coco).__name__ == 'COCO':
+            path = osp.abspath(annotation_file)
+            check_annotations(coco.dataset, annotation_file, coco)
+            self.categories[path] = coco.dataset.get('categories', [])
+            self.annotated[path] = len(coco.dataset.get('annotations', []))
 
     def inspect(self, dataset: BaseDataset) -> None:
         """Checks a data set's list of images before it is packed, and relabels it where its classes have another order.

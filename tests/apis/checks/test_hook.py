@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from revcol_mm.apis import test, train
+from revcol_mm.apis.checks import DataChecks
 from revcol_mm.apis.errors import LaunchError
 
 CONFIG = """
@@ -139,6 +141,23 @@ def test_a_config_that_names_the_hook_is_checked_in_any_runner():
     with pytest.raises(LaunchError, match='set auto_scale_lr.base_batch_size to 16/8'):
         build(**{'auto_scale_lr.enable': True, 'auto_scale_lr.base_batch_size': 16,
                  'optim_wrapper.accumulative_counts': 8}).train()
+
+
+def test_a_run_that_does_not_start_leaves_nothing_behind():
+    original = BaseDataset._serialize_data
+    with pytest.raises(LaunchError, match='must have at least one image'):
+        build(**{'train_dataloader.dataset.indices': 0}).train()
+    assert BaseDataset._serialize_data is original
+    with pytest.raises(LaunchError, match='auto_scale_lr.base_batch_size'):
+        build(**{'auto_scale_lr.enable': True, 'auto_scale_lr.base_batch_size': 16,
+                 'optim_wrapper.accumulative_counts': 8}).train()
+    assert BaseDataset._serialize_data is original
+    runner = build()
+    assert BaseDataset._serialize_data is not original
+    DataChecks().watch()  # of the next run
+    DataChecks.active.stop()
+    assert BaseDataset._serialize_data is original
+    del runner
 
 
 def test_the_hook_of_a_config_and_the_tools_own_do_not_meet(folder):
