@@ -46,7 +46,7 @@ def both_ways(name, stored, image=None, autocast=None, outputs=None, **kwargs):
 
 class TestExact:
 
-    @pytest.mark.parametrize('stored', range(COLUMNS + 2))
+    @pytest.mark.parametrize('stored', [1, 3, COLUMNS, COLUMNS + 1])  # 0 is what all other tests of the engine use
     @pytest.mark.parametrize('name', NETS)
     def test_gradients_are_those_of_plain_autograd(self, name, stored):
         (ours, buffers, net), (plain, expected, _) = both_ways(name, stored)
@@ -55,7 +55,7 @@ class TestExact:
             torch.testing.assert_close(buffers[key], value, rtol=1e-5, atol=1e-7)
         assert net.monitor.measured == (stored < COLUMNS)
 
-    @pytest.mark.parametrize('stored', range(4))
+    @pytest.mark.parametrize('stored', [1, 2, 3])
     def test_the_context_of_the_levels_reaches_all_columns(self, stored):
         results = []
         for reversible in (True, False):
@@ -70,7 +70,7 @@ class TestExact:
             results.append(dict(gradients_of(net), x=x.grad))
         assert worst_error(*results) <= TOLERANCE
 
-    @pytest.mark.parametrize('stored', [0, 1, 3, COLUMNS])
+    @pytest.mark.parametrize('stored', [1, 3])
     @pytest.mark.parametrize('outputs', [
         [(0, 3), (1, 0), (3, 2), (4, 3)], [(1, 3), (2, 0)], [(3, 1), (3, 0), (3, 1)], [(4, 0)]])
     def test_outputs_of_columns_on_either_side_of_the_join(self, outputs, stored):
