@@ -138,7 +138,7 @@ class IdleRunner:
     def train(self):
         pass
 
-    def register_hook(self, hook, priority):
+    def register_hook(self, hook, priority=None):
         pass
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from revcol_mm.apis.runner import _add_exact_resume
-from revcol_mm.engine.hooks import ExactResumeHook
+from revcol_mm.engine import ExactResumeHook
 from revcol_mm.engine.seeding import SeededBatch, generator_states, seed_worker, set_generator_states
 
 from ..common import CONFIGS

@@ -85,7 +85,7 @@ def without(monkeypatch, module, *names):
 def test_without_torchvision_an_operator_says_which_one_to_install(monkeypatch):
     without(monkeypatch, library, 'torchvision')
     monkeypatch.setattr(torch, '__version__', '2.14.1+cpu')
-    with pytest.raises(ImportError, match=r'runs on torchvision, which is not installed; install the one that belongs to '
+    with pytest.raises(ImportError, match=r'need torchvision, but it is not installed: install the one that belongs to '
                                           r'torch 2\.14\.1\+cpu: pip install "torchvision==0\.29\.\*"$'):
         mmcv.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 
