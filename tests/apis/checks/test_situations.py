@@ -112,7 +112,7 @@ def test_a_single_class_as_a_text_is_one_class_in_infer(shapes, tmp_path):
     train.train([str(shapes / 'segmentation.py'), '--work-dir', 'w'])
     torch.save(dict(state_dict=torch.load('w/iter_2.pth', weights_only=True)['state_dict']), 'bare.pth')
     options = ('--cfg-options', 'test_dataloader.dataset.metainfo.classes=square')
-    with pytest.raises(LaunchError, match=r'must be the 1 classes of .*model.decode_head .* is 2: set num_classes=1'):
+    with pytest.raises(SystemExit, match=r'must be the 1 classes of .*model.decode_head .* is 2: set num_classes=1'):
         predicted_categories(shapes, 'segmentation.py', 'bare.pth', tmp_path / 'out', *options)
 
 
