@@ -90,6 +90,7 @@ def test_sharded_training_leaves_out_weights_of_another_shape(workshop, tmp_path
 def test_a_narrow_copy_of_revcol_h_trains_sharded(workshop, tmp_path):
     cfg, digits = narrow(load_config('upernet_revcol_h')), Config.fromfile(str(workshop / 'segmentation.py'))
     cfg.model.backbone.init_cfg = None
+    cfg.model.decode_head.num_classes = cfg.model.auxiliary_head.num_classes = 11  # of the digits
     cfg.model.data_preprocessor = dict(cfg.model.data_preprocessor, size=(64, 64))
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg', 'default_hooks', 'env_cfg'):
         cfg[key] = digits[key]
