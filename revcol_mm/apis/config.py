@@ -56,6 +56,7 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(args.config)
         if args.cfg_options is not None:
+            _register_packages(cfg, args.config)  # so that the arguments of their classes are known
             check_options(cfg, args.cfg_options)
             try:
                 cfg.merge_from_dict(args.cfg_options)
@@ -69,12 +70,8 @@ def load_config(args: argparse.Namespace) -> Config:
     except (SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError, OSError) as error:  # OSError: no .py file
         raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
 
-    scope = cfg.get('default_scope') or 'mmengine'
-    if scope in PACKAGES:
-        if importlib.util.find_spec(scope) is None:
-            raise LaunchError(f'{args.config} needs {scope}, which is not installed: pip install {PACKAGES[scope]}')
-        _register(scope)
-    if scope == 'mmpretrain':
+    _register_packages(cfg, args.config)
+    if cfg.get('default_scope') == 'mmpretrain':
         _set_mmpretrain_dataloaders(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -100,8 +97,17 @@ def _name_missing_package(error: ImportError, config: str) -> str:
     return f'{config} names a module that cannot be imported: {error}'
 
 
-def _register(scope: str) -> None:
-    """Registers all modules of mmdet, mmseg or mmpretrain."""
+def _register_packages(cfg: Config, path: str) -> None:
+    """Registers all modules of mmdet, mmseg or mmpretrain, whichever the config names as its default scope.
+
+    Raises:
+        LaunchError: it is not installed.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in PACKAGES:
+        return
+    if importlib.util.find_spec(scope) is None:
+        raise LaunchError(f'{path} needs {scope}, which is not installed: pip install {PACKAGES[scope]}')
     utils = importlib.import_module(f'{scope}.utils')
     utils.register_all_modules(init_default_scope=False)
     if scope == 'mmdet':

@@ -99,7 +99,8 @@ class DeleteOutdated(Hook):
         if is_main_process():
             for folder in filter(osp.isdir, folders):
                 for name in os.listdir(folder):
-                    if name.startswith('.') and SUFFIX in name:  # a killed run was writing it, or deleting it
+                    # A killed run was writing it, or deleting it.
+                    if name.startswith('.') and (SUFFIX in name or fnmatch.fnmatch(name, '.last_checkpoint.*.tmp')):
                         _remove(osp.join(folder, name))
         # A training that was resumed from a checkpoint in another folder must not delete files there.
         outdated = [path for path in runner.message_hub.runtime_info.get(OUTDATED, []) if osp.dirname(path) in folders]
@@ -175,10 +176,11 @@ def find_newest_checkpoint(cfg: Config, logger: Logger) -> str | None:
 def list_checkpoints(cfg: Config) -> list[str]:
     """Lists the checkpoints of the training in ``cfg.work_dir``, in the order in which they are tried.
 
-    The file that ``last_checkpoint`` names is the first. The other files with names of the CheckpointHook follow, the newest
-    first. One exception: if a file is newer than ``last_checkpoint`` and has a later iteration, it comes first, because
-    the run was killed after it wrote this file and before it wrote ``last_checkpoint``. Files of an earlier, longer training in
-    the same folder are older, so they never come first.
+    The file that ``last_checkpoint`` names is the first; in a folder that was moved or copied, the file of this name there. The
+    other files with names of the CheckpointHook follow, the newest first. One exception: if a file is newer than
+    ``last_checkpoint`` and has a later iteration, it comes first, because the run was killed after it wrote this file and
+    before it wrote ``last_checkpoint``. Files of an earlier, longer training in the same folder are older, so they never come
+    first.
 
     Args:
         cfg (Config): the config of the training.
@@ -202,7 +204,7 @@ def list_checkpoints(cfg: Config) -> list[str]:
     found.sort(key=osp.getmtime, reverse=True)
     if not named:
         return found
-    if not osp.exists(named):  # the folder was moved, or the path is relative to another one
+    if osp.dirname(osp.realpath(named)) not in map(osp.realpath, folders):  # the folder was moved or copied
         named = next((path for path in found if osp.basename(path) == osp.basename(named)), named)
     others = [path for path in found if not (osp.exists(named) and osp.samefile(path, named))]
     later = [path for path in others if osp.getmtime(path) > osp.getmtime(last) and _iteration(path) > _iteration(named)]

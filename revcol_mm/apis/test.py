@@ -7,7 +7,7 @@ from typing import Sequence
 from mmengine.config import Config
 from mmengine.registry import METRICS
 
-from .checks import check_checkpoint, check_data, check_run, check_settings, find_model_classes
+from .checks import check_checkpoint, check_class_folders, check_data, check_run, check_settings, find_model_classes
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .pictures import name_pictures_apart
@@ -52,6 +52,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_checkpoint(args.checkpoint, 'the command line')
     check_settings(cfg, ('test', ))
     check_data(cfg, ('test', ))
+    check_class_folders(cfg, ('test', ))
     classes = find_model_classes(args.checkpoint, cfg)
     if args.show or args.show_dir:
         _set_visualization(cfg, args)
@@ -65,11 +66,11 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         for evaluator in evaluators:
             evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg, loads_whole_model=True)
-    if dump:
-        kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
-        runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
     with build_errors(cfg, runner):
         check_run(runner, ('test', ), classes, args.check_data)
+        if dump:  # not earlier, because it builds the data set
+            kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
+            runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
         if args.show_dir:
             name_pictures_apart(runner)
         metrics = runner.test()

@@ -5,7 +5,7 @@ from typing import Sequence
 
 from mmengine.config import Config
 
-from .checks import check_checkpoint, check_data, check_pretrained, check_run, check_settings, load_one_batch
+from .checks import check_checkpoint, check_class_folders, check_data, check_pretrained, check_run, check_settings, rehearse
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .lock import lock_work_dir
@@ -26,7 +26,7 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--check-data', action='store_true',
                         help='open every image and label map before the training, and list those that are broken')
     parser.add_argument('--dry-run', action='store_true',
-                        help='do all checks, load one batch of every data loader, and end without training')
+                        help='do all checks, build the optimizer, load the weights and one batch of every data loader, and end')
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -49,6 +49,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from', resume)
     check_settings(cfg, ('train', 'val'))
     check_data(cfg, ('train', 'val'))
+    check_class_folders(cfg, ('train', 'val'))
     check_pretrained(cfg, args.config)
     with lock_work_dir(cfg.work_dir, cfg.launcher):
         _run(cfg, args)
@@ -61,7 +62,7 @@ def _run(cfg: Config, args: argparse.Namespace) -> None:
         with build_errors(cfg, runner), name_lost_processes():
             check_run(runner, ('train', 'val'), check_all=args.check_data)
             if args.dry_run:
-                load_one_batch(runner, ('train', 'val'))
+                rehearse(runner)
                 print('All checks have passed, and one batch of every data loader was loaded. Nothing was trained (--dry-run).')
                 return
             runner.train()

@@ -41,7 +41,7 @@ def workshop(tmp_path_factory):
         cfg = Config.fromfile(config_of(task))
         if 'data_preprocessor' in cfg:
             cfg.model.data_preprocessor = cfg.data_preprocessor
-        config._register(cfg.default_scope)
+        config._register_packages(cfg, 'x.py')
         torch.manual_seed(1)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / f'{task}.pth')

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import zipfile
 
 import pytest
@@ -251,6 +252,12 @@ def test_a_folder_that_was_moved_is_found(config, tmp_path):
     fit(config, 'train_cfg.max_iters=2')
     (tmp_path / 'work').rename(tmp_path / 'moved')
     assert listed('moved') == 'iter_2.pth' and 'moved' in saving.list_checkpoints(Config(dict(work_dir='moved')))[0]
+
+
+def test_a_copied_folder_does_not_go_on_from_the_original(config, tmp_path):
+    fit(config, 'train_cfg.max_iters=2')
+    shutil.copytree(tmp_path / 'work', tmp_path / 'copied')
+    assert saving.list_checkpoints(Config(dict(work_dir='copied')))[0] == 'copied/iter_2.pth'
 
 
 def test_the_folder_of_the_checkpoint_hook_is_searched(config, tmp_path):

@@ -19,13 +19,13 @@ file                what it checks
 :mod:`hook`         the checks for whatever tool runs the config
 ==================  ================================================================================================
 """
-from .classes import classes_of_meta, find_file_classes, find_model_classes
+from .classes import check_class_folders, classes_of_meta, find_file_classes, find_model_classes
 from .files import check_checkpoint, check_data, check_pretrained, place_of_backbones, read_annotations
 from .hook import DataCheckHook
 from .options import check_options
-from .run import DataChecks, check_loops, check_run, load_one_batch
+from .run import DataChecks, check_loops, check_run, rehearse
 from .settings import check_settings
 
-__all__ = ['DataCheckHook', 'DataChecks', 'check_checkpoint', 'check_data', 'check_loops', 'check_options', 'check_pretrained',
-           'check_run', 'check_settings', 'classes_of_meta', 'find_file_classes', 'find_model_classes', 'load_one_batch',
-           'place_of_backbones', 'read_annotations']
+__all__ = ['DataCheckHook', 'DataChecks', 'check_checkpoint', 'check_class_folders', 'check_data', 'check_loops',
+           'check_options', 'check_pretrained', 'check_run', 'check_settings', 'classes_of_meta', 'find_file_classes',
+           'find_model_classes', 'place_of_backbones', 'read_annotations', 'rehearse']

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The entries of annotation files in COCO's format: what mmdet reads of them, and boxes that are none."""
+"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and boxes that are none."""
 import math
 from itertools import chain
 from operator import itemgetter
@@ -15,7 +15,7 @@ KEYS = dict(categories=('id', 'name'), images=('id', 'file_name', 'height', 'wid
 
 
 def check_annotations(content: Mapping[str, list], path: str, index: Any = None) -> None:
-    """Checks the entries of a file, and adds a missing ``iscrowd`` of 0.
+    """Checks the entries of a file, adds a missing ``iscrowd`` of 0, and numbers annotations anew where their ids are no use.
 
     Args:
         content (Mapping[str, list]): the parsed file, with ``images``, ``annotations`` and ``categories``.
@@ -25,6 +25,8 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
     Raises:
         LaunchError: entries lack what mmdet reads, several images have one id, or boxes are not four finite numbers.
     """
+    if not content.get('categories'):
+        raise LaunchError(f'{path} must have categories, a list of classes with id and name, but has none')
     images, annotations = content.get('images', []), content.get('annotations', [])
     keys = KEYS if index is None else dict(KEYS, annotations=('bbox', 'area'))
     columns = {part: _columns(content.get(part, []), part, names, path) for part, names in keys.items()}
@@ -40,13 +42,23 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
         say(f'{path}: {len(crowdless)} of {len(annotations)} annotations have no iscrowd, which is taken as 0')
     if index is None:
         return
+    if len(index.anns) < len(annotations) or 0 in index.anns:
+        # COCOeval takes the id 0 for "no match", and mmdet reads one annotation in place of all that share an id.
+        reason = f'only {len(index.anns)} different ids' if len(index.anns) < len(annotations) else 'one with the id 0'
+        for number, annotation in enumerate(annotations, 1):
+            annotation['id'] = number
+        index.anns = {annotation['id']: annotation for annotation in annotations}  # the other indexes hold the same objects
+        say(f'{path}: the {len(annotations)} annotations have {reason}, so they are numbered anew, from 1')
     for key, used, known, what in (('image_id', index.imgToAnns, ids, 'image'),
                                    ('category_id', index.catToImgs, set(columns['categories']['id']), 'category')):
         unknown = {value for value in used if value not in known}
+        if unknown & set(map(str, known)) or known & set(map(str, unknown)):
+            raise LaunchError(f'every {key} in {path} must be a number if the id of its {what} is one, but one of both is a '
+                              f'text ({key} {some(sorted(unknown), 2)}): write numbers for both')
         if unknown:
             lost = [annotation['id'] for annotation in annotations if annotation[key] in unknown]
-            warn(f'{path}: {len(lost)} of {len(annotations)} annotations have a {key} that is no {what} of the file, so that '
-                 f'they are left out (id {some(lost)})')
+            warn(f'{path}: {len(lost)} of {len(annotations)} annotations are left out, because their {key} names no {what} of '
+                 f'the file (id {some(lost)})')
 
 
 def _columns(entries: list[dict], part: str, keys: Sequence[str], path: str) -> dict[str, list]:
@@ -75,8 +87,9 @@ def _check_boxes(annotations: list[dict], boxes: Sequence, path: str) -> None:
     wrong = [annotation for annotation in annotations if not _is_box(annotation['bbox'])]
     if wrong:
         named = [f'id {annotation["id"]} in image {annotation["image_id"]}: {annotation["bbox"]}' for annotation in wrong[:4]]
-        raise LaunchError(f'every bbox in {path} must be four finite numbers (x, y, width, height), but {len(wrong)} of '
-                          f'{len(annotations)} are not ({"; ".join(named)}{"; …" * (len(wrong) > 4)}): correct or remove them')
+        raise LaunchError(f'every bbox in {path} must be four finite numbers (x, y, width, height), but this is not so for '
+                          f'{len(wrong)} of {len(annotations)} ({"; ".join(named)}{"; …" * (len(wrong) > 4)}): correct or '
+                          'remove them')
 
 
 def _is_box(box) -> bool:

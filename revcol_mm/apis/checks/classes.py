@@ -1,9 +1,10 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The order of the classes: one per run, that of the training file, to which everything else is mapped by name."""
+import itertools
 import os
 import os.path as osp
 from collections import Counter
-from typing import Any, Mapping, Sequence
+from typing import Any, Collection, Iterator, Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
@@ -87,16 +88,24 @@ class ClassOrder:
             raise LaunchError(f'every category in {path} must have a name of its own, but there are several {some(twice)}: '
                               'rename or merge them')
         classes = tuple(dataset._metainfo['classes'])
-        check_categories(classes, list(names.values()), path, name_of(dataset))
         labelled = tuple(names[category] for category in dataset.cat_ids)  # the names in the order of mmdet's labels
-        if self._differs(labelled, name_of(dataset)):
+        absent = [name for name in self.classes or () if name not in labelled] if self._is_subset(classes, names) else []
+        if absent:
+            warn(f'{path} lacks the categories {some(absent)} of {self.source}: they count as classes without objects')
+        else:
+            check_categories(classes, list(names.values()), path, name_of(dataset))
+        if absent or self._differs(labelled, name_of(dataset)):
             _move_labels(dataset, [self.classes.index(name) for name in labelled])
-            ids = {names[category]: category for category in dataset.cat_ids}
+            ids = {**dict(zip(absent, unused_ids(names))), **{names[category]: category for category in dataset.cat_ids}}
             dataset.cat_ids = [ids[name] for name in self.classes]
             dataset.cat2label = {category: label for label, category in enumerate(dataset.cat_ids)}
             say(f'{path} lists its categories as ({some(labelled, 10)}); its labels follow the order of {self.source}, '
                 f'({some(self.classes, 10)})')
         _set_classes(dataset, self.classes, path)
+
+    def _is_subset(self, classes: Sequence[str], names: Mapping[int, str]) -> bool:
+        """Whether a file has some classes of the run and no other category, so that nothing can be meant by another name."""
+        return self.classes is not None and set(classes) == set(self.classes) and set(names.values()) < set(classes)
 
     def _settle_folders(self, dataset: BaseDataset, folders: tuple[str, ...]) -> None:
         """mmpretrain labels in the alphabetical order of the folders, whatever the order of the classes."""
@@ -166,6 +175,11 @@ def _set_classes(dataset: BaseDataset, order: tuple[str, ...], source: str) -> N
         f'({some(order, 10)}), and the names follow it')
 
 
+def unused_ids(ids: Collection[int]) -> Iterator[int]:
+    """Ids for categories that a file does not have."""
+    return itertools.count(max(ids) + 1)
+
+
 def check_categories(classes: Sequence[str], categories: Sequence[str], path: str, name: str) -> None:
     """The classes in effect, given by the config or by the kind of data set, must be categories of the annotation file.
 
@@ -173,6 +187,11 @@ def check_categories(classes: Sequence[str], categories: Sequence[str], path: st
         LaunchError: some are not; the message names the line to write.
     """
     missing = [name for name in classes if name not in categories]
+    alike = {name.strip().casefold(): name for name in categories}
+    pairs = [f'{name!r} is {alike[name.strip().casefold()]!r}' for name in missing if name.strip().casefold() in alike]
+    if pairs:
+        raise LaunchError(f'metainfo.classes of {name} must be written as the categories of {path}, but {some(pairs)} there: '
+                          'write both alike')
     if missing:
         raise LaunchError(f'metainfo.classes of {name} must be categories of {path}, which has {some(categories, 10)}, but '
                           f'got {some(missing)}. A data set without metainfo takes the classes of its type. Write into the '
@@ -230,12 +249,9 @@ def find_file_classes(cfg: Config) -> tuple[str, ...] | None:
 
 
 def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None:
-    with DATASETS.switch_scope_and_registry(scope) as registry:
-        kind = registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+    kind, classes = _kind_and_classes(dataset, scope)
     if kind is None:
         return None
-    given = dict(dataset.get('metainfo') or {}, **({'classes': dataset['classes']} if dataset.get('classes') else {}))
-    classes = kind._load_metainfo(given).get('classes') if hasattr(kind, '_load_metainfo') else None
     root, path = dataset.get('data_root') or '', dataset.get('ann_file')
     if path and hasattr(kind, 'COCOAPI') and osp.isfile(osp.join(root, path)):
         path = osp.join(root, path)
@@ -243,11 +259,48 @@ def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None
         classes = categories if classes is None else [classes] if isinstance(classes, str) else classes
         check_categories(classes, categories, path, kind.__name__)
         return tuple(name for name in categories if name in classes)
-    if not path and hasattr(kind, '_find_samples'):  # mmpretrain's, of folders
-        prefix = dataset.get('data_prefix') or ''
-        prefix = prefix if isinstance(prefix, str) else prefix.get('img_path', '')
-        folder = osp.join(root, prefix)
-        folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if osp.isdir(folder) else []
-        if folders and (classes is None or set(classes) == set(folders)):
-            return tuple(folders)
-    return None
+    folders = _class_folders(dataset, kind)[1]
+    return tuple(folders) if folders and (classes is None or set(classes) == set(folders)) else None
+
+
+def _kind_and_classes(dataset: Mapping, scope: str | None) -> tuple[Any, Sequence[str] | str | None]:
+    """The type of a data set in a config, None if it is unknown, and the classes that its settings or its type give it."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+    given = dict(dataset.get('metainfo') or {}, **({'classes': dataset['classes']} if dataset.get('classes') else {}))
+    return kind, kind._load_metainfo(given).get('classes') if hasattr(kind, '_load_metainfo') else None
+
+
+def _class_folders(dataset: Mapping, kind: Any) -> tuple[str, list[str]]:
+    """The root of a data set of mmpretrain that has a folder for each class, and the folders' names in order; else none."""
+    if dataset.get('ann_file') or not hasattr(kind, '_find_samples') or not dataset.get('with_label', True):
+        return '', []
+    prefix = dataset.get('data_prefix') or ''
+    root = osp.join(dataset.get('data_root') or '', prefix if isinstance(prefix, str) else prefix.get('img_path', ''))
+    return root, sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if osp.isdir(root) else []
+
+
+def check_class_folders(cfg: Config, loaders: Sequence[str]) -> None:
+    """The folders of a data set of mmpretrain must be as many as its classes, and none of them hidden.
+
+    Args:
+        cfg (Config): the config.
+        loaders (Sequence[str]): among 'train', 'val' and 'test'.
+
+    Raises:
+        LaunchError: they are not; the message names them.
+    """
+    for loader in loaders:
+        for dataset in settings_of_leaves((cfg.get(f'{loader}_dataloader') or {}).get('dataset')):
+            kind, classes = _kind_and_classes(dataset, cfg.get('default_scope'))
+            root, folders = _class_folders(dataset, kind)
+            hidden = [name for name in folders if name.startswith('.') or name == '__MACOSX']
+            if hidden:
+                raise LaunchError(f'every folder in {root} must be a class of {loader}_dataloader, but {some(hidden)} was made '
+                                  'by another program: remove it')
+            if folders and classes is not None and len(folders) != len(classes):
+                lacking, further = sorted(set(classes) - set(folders)), sorted(set(folders) - set(classes))
+                raise LaunchError(f'{root} must have a folder for each of the {len(classes)} classes of {loader}_dataloader, '
+                                  f'but has {len(folders)}. Without folder: {some(lacking)}; without class: '
+                                  f'{some(further)}. Make an empty folder for a class without images, and correct '
+                                  'metainfo.classes for the others')

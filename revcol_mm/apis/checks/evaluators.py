@@ -5,6 +5,7 @@ from typing import Any, Iterator, Sequence
 
 from ...checkpoint.safe import some
 from ..errors import LaunchError
+from .classes import unused_ids
 from .common import name_of
 from .report import Record
 
@@ -63,7 +64,10 @@ def _check_coco(metric: Any, datasets: Sequence[Any], records: Sequence[Record],
     classes = records[0].classes or ()
     ids = {category['name']: index for index, category in coco.cats.items()}
     missing = [label for label in classes if label not in ids]
-    if missing:
+    if missing and set(ids) < set(classes):  # as in the loader's file, where they are classes without objects
+        ids.update(zip(missing, unused_ids(coco.cats)))
+        coco.cats.update({ids[name]: dict(id=ids[name], name=name) for name in missing})
+    elif missing:
         raise LaunchError(f'{name}_evaluator.ann_file must have every class of {name}_dataloader as a category, but it lacks '
                           f'{some(missing)}: give both the same annotation file')
     metric.cat_ids = LabelledIds(ids[label] for label in classes)

@@ -74,8 +74,14 @@ def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
     except OSError as error:
         raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}, in {os.getcwd()}') from None
     except (KeyError, TypeError, ValueError) as error:  # ValueError: no JSON, or no text
-        raise LaunchError(f'{path} must be an annotation file in COCO format, but is not: {type(error).__name__}: '
-                          f'{error}') from None
+        raise LaunchError(no_annotations(path, error)) from None
+
+
+def no_annotations(path: str, error: Exception) -> str:
+    """Says that a file is no annotation file in COCO format, for the reason that reading it has given."""
+    encoded = isinstance(error, UnicodeDecodeError) or 'BOM' in str(error)
+    return (f'{path} must be an annotation file in COCO format, but is not: {type(error).__name__}: {error}'
+            + '. Save it as UTF-8 without a byte order mark (BOM)' * encoded)
 
 
 def _datasets(dataset, key: str) -> Iterator[tuple[str, dict]]:

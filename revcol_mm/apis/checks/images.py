@@ -1,12 +1,12 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Images that cannot be used: found before the run, or named in one sentence when they are met in it."""
 import os.path as osp
-from typing import Any
+from typing import Any, Mapping
 
 import mmcv
 import torch
 from mmengine.dataset import BaseDataset, Compose
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..errors import LaunchError
 
@@ -58,6 +58,11 @@ class NamingPipeline(Compose):
         labels = getattr(sample.get('data_samples'), 'gt_sem_seg', None) if isinstance(sample, dict) else None
         if labels is None:
             return
+        # A test compares at the original size.
+        shape, fitting = tuple(labels.shape), [tuple(sample['inputs'].shape[-2:]), sample['data_samples'].get('ori_shape')]
+        if shape not in fitting:
+            raise SampleError(f'{path} cannot be used: a label map must have the size of its image, but after the transforms '
+                              f'it is {shape[1]}×{shape[0]}, and the image {fitting[0][1]}×{fitting[0][0]} (width×height)')
         wrong = labels.data[(labels.data >= self.num_classes) & (labels.data != self.ignored)]
         if len(wrong):
             raise SampleError(f'{path} cannot be used: its label {torch.max(wrong).item()} is none of the {self.num_classes} '
@@ -88,6 +93,43 @@ def why_broken(path: str) -> str | None:
         return None if mmcv.imread(path) is not None else 'the file cannot be read as an image'  # OpenCV knows other formats
     except (OSError, SyntaxError, ValueError) as error:
         return f'the file cannot be read as an image ({_first_line(error)})'
+    return None
+
+
+def turns_images(dataset: BaseDataset) -> bool:
+    """Whether the pipeline turns images as their EXIF entry says, which mmcv does unless it is told otherwise."""
+    kind = getattr(next(iter(dataset.pipeline.transforms), None), 'color_type', 'color')
+    return kind != 'unchanged' and not kind.endswith('ignore_orientation')
+
+
+def size_of(path: str, turned: bool = True) -> tuple[int, int] | None:
+    """Width and height of a local image as it is loaded; None if Pillow cannot tell.
+
+    Args:
+        path (str): the file.
+        turned (bool): whether it is turned as its EXIF entry says. Default: True.
+    """
+    try:
+        with Image.open(path) as image:
+            across = turned and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if across else image.size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def why_other_size(size: tuple[int, int], info: Mapping[str, Any]) -> str | None:
+    """Compares the width and height of an image with those of its entry in the annotation file, where it has them."""
+    said = info.get('width', size[0]), info.get('height', size[1])
+    if said != size:
+        return (f'the image is {size[0]}×{size[1]}, but its annotation file says {said[0]}×{said[1]} (width×height, after it '
+                'is turned as its EXIF entry says), so that its boxes would not fit')
+    return None
+
+
+def why_other_shape(shape: tuple[int, int], size: tuple[int, int] | None) -> str | None:
+    """Compares the height and width of a label map with the width and height of its image."""
+    if size and shape[::-1] != size:
+        return f'the label map is {shape[1]}×{shape[0]}, but its image is {size[0]}×{size[1]} (width×height)'
     return None
 
 

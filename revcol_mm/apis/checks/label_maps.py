@@ -31,12 +31,15 @@ class LabelMaps:
         self.reduced = bool(dataset.reduce_zero_label)
         self.pixels, self.raw, self.seen = Counter(), Counter(), set()
 
-    def add(self, index: int, path: str) -> None:
+    def add(self, index: int, path: str) -> tuple[int, int]:
         """Counts the values of one map.
 
         Args:
             index (int): its number in the data set.
             path (str): the file.
+
+        Returns:
+            tuple[int, int]: its height and width.
 
         Raises:
             LaunchError: it has several channels, or a value that is neither a class nor ignored.
@@ -46,6 +49,7 @@ class LabelMaps:
         if raw.ndim != 2:
             raise LaunchError(f'the label map {path} must have one channel of class numbers, but its shape is {raw.shape}: '
                               'write an image in grey or with a palette')
+        raw = raw.astype(np.uint8) if raw.dtype == bool else raw  # as mmseg reads an image of one bit per pixel
         self.seen.add(index)
         for value, count in zip(*(part.tolist() for part in np.unique(raw, return_counts=True))):
             self.raw[value] += count
@@ -60,6 +64,7 @@ class LabelMaps:
                     f'the values of label maps must be from {first} to {len(self.classes) - 1 + first} ({len(self.classes)} '
                     f'classes{", reduce_zero_label=True" * self.reduced}) or {self.ignored}, which is ignored, but {path} '
                     f'holds {value} ({count} pixels): correct the maps, or metainfo.classes and num_classes')
+        return raw.shape
 
     def check(self) -> None:
         """Judges all maps together, and looks at more of them where the first ones lack classes.

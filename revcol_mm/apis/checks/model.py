@@ -40,11 +40,15 @@ def check_heads(model: nn.Module, records: Sequence[Record], loader: str) -> Non
     labels = max((label for record in records for label, count in record.objects.items() if count), default=-1) + 1
     if len(counts) > 1:
         return
-    for name, head in heads_of(model):
-        wanted = next(iter(counts), max(labels, head.num_classes))
-        if head.num_classes != wanted:
-            raise LaunchError(f'the num_classes of the heads must be the {wanted} classes of {loader}, but that of {name} '
-                              f'({type(head).__name__}) is {head.num_classes}: set num_classes={wanted}')
+    heads = list(heads_of(model))
+    wrong = {name: head for name, head in heads if head.num_classes != next(iter(counts), max(labels, head.num_classes))}
+    if wrong:
+        wanted = next(iter(counts), labels)
+        named = ', '.join(f'that of {name} ({type(head).__name__}) is {head.num_classes}' for name, head in wrong.items())
+        raise LaunchError(f'the num_classes of the heads must be the {wanted} classes of {loader}, but {named}: set '
+                          f'num_classes={wanted}')
+    for name, head in heads:
+        wanted = head.num_classes
         ranks = getattr(head, 'topk', None)
         if getattr(head, 'cal_acc', False) and isinstance(ranks, (tuple, list)) and max(ranks) > wanted:
             raise LaunchError(f'the topk of {name} must be at most the {wanted} classes of {loader}, but is {tuple(ranks)}: '

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from io import StringIO
-from typing import Any, Mapping
+from typing import Any, Collection, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,8 @@ class Record:
         objects (Counter): number per label, of objects that count.
         ignored (int): number of objects that the file has and the data set leaves out or ignores, with crowds.
         empty (int): number of images without an object that counts.
-        sizes (str): smallest and largest width and height of the images in pixels, if the annotation file says them.
+        sizes (str): smallest and largest width and height of the images in pixels, as the annotation file says, or of those
+            that were opened.
         areas (tuple[int, int, int] | None): number of small (below 32² pixels), medium and large (96² and more) objects.
         names (dict): names of the image files without folders, by image id, of a detection data set.
     """
@@ -33,6 +34,12 @@ class Record:
     sizes: str = ''
     areas: tuple[int, int, int] | None = None
     names: dict[Any, str] = field(default_factory=dict)
+
+
+def spread(sizes: Collection[tuple[int, int]]) -> str:
+    """The smallest and the largest of some widths and heights."""
+    widths, heights = zip(*sizes)
+    return f'{min(widths)}×{min(heights)} to {max(widths)}×{max(heights)}'
 
 
 def table(loaders: Mapping[str, Any], records: Mapping[int, Record]) -> str:

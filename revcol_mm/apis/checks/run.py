@@ -28,12 +28,14 @@ from .annotations import check_annotations
 from .classes import ClassOrder
 from .common import leaves, name_of, say, steps_of, warn
 from .evaluators import check_evaluator
-from .images import NamingPipeline, reads_local_images, why_broken
+from .files import no_annotations
+from .images import NamingPipeline, reads_local_images, size_of, turns_images, why_broken, why_other_shape, why_other_size
 from .label_maps import LabelMaps
 from .model import check_heads, check_semantic_maps, check_sliding_window
-from .report import Record, table
+from .report import Record, spread, table
 
 SAMPLE = 8  # files per data set that are opened before every run
+SLACK = 2  # pixels by which a rounded box may end outside of its image
 
 
 class DataChecks:
@@ -119,8 +121,7 @@ class DataChecks:
             content = getattr(coco, 'dataset', None)
             if isinstance(content, dict) and content:
                 check_annotations(content, str(annotation_file))  # which may know the reason
-            raise LaunchError(f'{annotation_file} must be an annotation file in COCO format, but is not: '
-                              f'{type(error).__name__}: {error}') from error
+            raise LaunchError(no_annotations(str(annotation_file), error)) from error
         if annotation_file is not None and type(coco).__name__ == 'COCO':
             path = osp.abspath(annotation_file)
             check_annotations(coco.dataset, annotation_file, coco)
@@ -143,6 +144,10 @@ class DataChecks:
                               + (' that has an object of its classes' if hasattr(dataset, 'cat2label') else '')
                               + ': check its annotation file, its folders, its metainfo.classes and its filter_cfg')
         classes = dataset._metainfo.get('classes')
+        palette = dataset._metainfo.get('palette')
+        if classes and isinstance(palette, (list, tuple)) and 0 < len(palette) < len(classes):
+            raise LaunchError(f'metainfo.palette of {name_of(dataset)} must have a color for each of the {len(classes)} '
+                              f'classes, but has {len(palette)}: add colors, or leave palette out')
         record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
         if 'instances' in first:
             self._count_instances(dataset, record, path)
@@ -165,8 +170,8 @@ class DataChecks:
         small, large = int((areas < 32 ** 2).sum()), int((areas >= 96 ** 2).sum())
         record.areas = (small, len(areas) - small - large, large)
         if 'width' in infos[0] and 'height' in infos[0]:
-            widths, heights = ([info[key] for info in infos] for key in ('width', 'height'))
-            record.sizes = f'{min(widths)}×{min(heights)} to {max(widths)}×{max(heights)}'
+            record.sizes = spread([(info['width'], info['height']) for info in infos])
+            _warn_of_far_corners(boxes, infos, path or name_of(dataset))
         if any(getattr(step, 'with_mask', False) for step in steps_of(dataset.pipeline)):
             maskless = sum('mask' not in instance for instance in instances)
             if maskless:
@@ -174,9 +179,10 @@ class DataChecks:
                                   f'pipeline loads masks (with_mask=True), but {maskless} of {len(instances)} have none: add '
                                   'them, or train a detector of boxes')
         if not counted:
+            reason = ('its file has no annotations' if self.annotated.get(path) == 0 else f'{record.ignored} annotations are '
+                      'crowds (iscrowd=1), of other categories, outside of their image or without area')
             text = (f'{name_of(dataset)} must have objects of its classes, but its {len(infos)} images have none that counts; '
-                    f'{record.ignored} annotations are crowds (iscrowd=1), of other categories, outside of their image or '
-                    'without area')
+                    f'{reason}')
             if not dataset.test_mode:
                 raise LaunchError(f'{text}: correct {path or "the annotations"}')
             warn(text)
@@ -217,8 +223,8 @@ class DataChecks:
         if broken:
             for line in broken:
                 print(line)
-            raise LaunchError(f'every image and label map must be readable, but {len(broken)} are not '
-                              f'({some(broken, 2)}): replace or remove them')
+            raise LaunchError(f'every image and label map must be usable, but this is not so for {len(broken)} '
+                              f'({some(broken, 2)}): correct, replace or remove them')
         say(table(loaders, self.records))
 
     def _inspect_late(self, dataset: BaseDataset) -> None:
@@ -237,18 +243,34 @@ class DataChecks:
         if self.check_all:
             chosen = track(range(count), f'Checking {loader} files', console=Console(stderr=True))
         broken, labels = [], LabelMaps(dataset, loader) if hasattr(dataset, 'label_map') else None
+        sizes, turned = set(), turns_images(dataset)
         for index in chosen:
             info = dataset.get_data_info(index)
-            for key in ('img_path', 'seg_map_path'):
-                path = info.get(key)
-                reason = why_broken(path) if isinstance(path, str) else None
-                if reason:
-                    broken.append(f'{path}: {reason}')
-                elif labels and key == 'seg_map_path' and isinstance(path, str) and '://' not in path:
-                    labels.add(index, path)
+            path, label_map = info.get('img_path'), info.get('seg_map_path')
+            reasons = [(file, why_broken(file)) for file in (path, label_map) if isinstance(file, str)]
+            size = size_of(path, turned) if isinstance(path, str) and not reasons[0][1] else None
+            if size:
+                sizes.add(size)
+                reasons.append((path, why_other_size(size, info)))
+            if labels and isinstance(label_map, str) and '://' not in label_map and not any(reason for _, reason in reasons):
+                reasons.append((label_map, why_other_shape(labels.add(index, label_map), size)))
+            broken += [f'{file}: {reason}' for file, reason in reasons if reason]
+        record = self.records.get(id(dataset))
+        if record and sizes and not record.sizes:
+            record.sizes = spread(sizes) + f' ({SAMPLE} opened)' * (count > SAMPLE and not self.check_all)
         if labels and labels.seen and not broken:
             labels.check()
         return broken
+
+
+def _warn_of_far_corners(boxes: np.ndarray, infos: Sequence[dict], name: str) -> None:
+    """Boxes given by two corners, read as a corner and a size, end outside of their image; mmdet takes them as they are."""
+    counts = [sum(not instance['ignore_flag'] for instance in info['instances']) for info in infos]
+    sizes = np.repeat([(info['width'], info['height']) for info in infos], counts, axis=0)
+    outside = int((boxes[:, 2:] > sizes + SLACK).any(axis=1).sum())
+    if outside:
+        warn(f'{outside} of {len(boxes)} boxes of {name} end outside of their image; a bbox must be (x, y, width, height), not '
+             'two corners')
 
 
 def _count_labels(dataset: BaseDataset, record: Record) -> None:
@@ -295,16 +317,21 @@ def check_run(runner: Any, loops: Sequence[str], classes: Sequence[str] | None =
         check_loops(checks, runner, built)
 
 
-def load_one_batch(runner: Any, loops: Sequence[str]) -> None:
-    """Loads one batch of the data loader of every loop.
+def rehearse(runner: Any) -> None:
+    """Does all that a training does before its first iteration, and loads one batch of the data loader of every loop.
+
+    The optimizer and the schedules are built, and weights are loaded. Afterwards the runner cannot train.
 
     Raises:
-        LaunchError: it cannot be loaded.
+        LaunchError: a batch cannot be loaded, or what any other step raises.
     """
-    for name in loops:
-        loop = getattr(runner, f'{name}_loop')
-        if hasattr(loop, 'dataloader'):  # loops by iterations have an iterator, which their endless sampler gives once
-            next(getattr(loop, 'dataloader_iterator', None) or iter(loop.dataloader))
+    def load_one_batch_each() -> None:
+        for loop in (runner.train_loop, runner.val_loop):
+            if hasattr(loop, 'dataloader'):  # loops by iterations have an iterator, which their endless sampler gives once
+                next(getattr(loop, 'dataloader_iterator', None) or iter(loop.dataloader))
+
+    runner.train_loop.run = load_one_batch_each
+    runner.train()
 
 
 def check_loops(checks: DataChecks, runner: Any, loops: Mapping[str, Any]) -> None:

@@ -1,19 +1,26 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Settings that OpenMMLab would take without a word and not as they are meant."""
+import difflib
 import importlib.util
+import inspect
 import os.path as osp
 from typing import Any, Sequence
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS, OPTIMIZERS
 
 from ..errors import LaunchError
-from .common import kind_of, say
+from .common import kind_of, say, settings_of_leaves
 from .schedules import check_schedulers, count_accumulation
 
 #: Modules that mmengine's visualizer backends import, one of which is enough, by the backend's type.
 BACKENDS = dict(
     TensorboardVisBackend=('tensorboard', 'tensorboardX'), WandbVisBackend=('wandb', ), MLflowVisBackend=('mlflow', ),
     ClearMLVisBackend=('clearml', ), NeptuneVisBackend=('neptune', ), DVCLiveVisBackend=('dvclive', ), AimVisBackend=('aim', ))
+
+#: Settings that are lists; all but the hooks may be a single dict.
+LISTS = ('custom_hooks', 'param_scheduler', 'val_evaluator', 'test_evaluator')
+PLAIN = (str, int, float, bool, list, tuple)
 
 
 def check_settings(cfg: Config, loaders: Sequence[str]) -> None:
@@ -26,7 +33,10 @@ def check_settings(cfg: Config, loaders: Sequence[str]) -> None:
     Raises:
         LaunchError: for what needs a decision.
     """
+    check_kinds(cfg)
     check_backends(cfg)
+    check_optimizer(cfg)
+    check_reduced_labels(cfg)
     for loader in loaders:
         name = f'{loader}_dataloader'
         if cfg.get(name):
@@ -34,6 +44,66 @@ def check_settings(cfg: Config, loaders: Sequence[str]) -> None:
     if 'train' in loaders:
         count_accumulation(cfg)
         check_schedulers(cfg)
+
+
+def check_kinds(cfg: Config) -> None:
+    """Lists of settings must be lists of dicts; a text on the command line stays a text, which mmengine would take apart.
+
+    Raises:
+        LaunchError: one is something else.
+    """
+    for key in LISTS:
+        value = cfg.get(key)
+        listed = isinstance(value, (list, tuple)) or isinstance(value, dict) and key != 'custom_hooks'
+        parts = value if isinstance(value, (list, tuple)) else ()
+        if value is not None and not (listed and all(hasattr(part, 'get') or not isinstance(part, PLAIN) for part in parts)):
+            raise LaunchError(f"{key} must be a list of dicts, such as [dict(type='…')], but is {value!r}: write them into "
+                              'a config of your own; on the command line, a list that exists can be changed by numbers, such '
+                              f'as {key}.0.type=…')
+
+
+def check_optimizer(cfg: Config) -> None:
+    """The optimizer must be registered; mmengine's error does not name it.
+
+    Raises:
+        LaunchError: it is not; the message names the one that was meant.
+    """
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer') or {}
+    kind = optimizer.get('type') if hasattr(optimizer, 'get') else None
+    if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
+        close = difflib.get_close_matches(kind.rpartition('.')[2], OPTIMIZERS.module_dict, 1)
+        raise LaunchError(f'optim_wrapper.optimizer.type must be an optimizer that is registered, but is {kind!r}'
+                          + (f': did you mean {close[0]}?' if close else ': import its package with custom_imports'))
+
+
+def check_reduced_labels(cfg: Config) -> None:
+    """Data sets of one type must agree on ``reduce_zero_label``, or the metrics are those of labels that are shifted by one.
+
+    Raises:
+        LaunchError: they do not.
+    """
+    found: dict[str, dict[bool, str]] = {}
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        for loader in ('train', 'val', 'test'):
+            for dataset in settings_of_leaves((cfg.get(f'{loader}_dataloader') or {}).get('dataset')):
+                kind = registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+                own = dataset.get('reduce_zero_label', _default(kind, 'reduce_zero_label'))
+                if own is not None:
+                    found.setdefault(kind_of(dataset), {}).setdefault(bool(own), f'{loader}_dataloader')
+    for kind, loaders in found.items():
+        if len(loaders) > 1:
+            raise LaunchError(f'reduce_zero_label must be the same for every {kind}, but is True in {loaders[True]} and False '
+                              f'in {loaders[False]}: with True, the value 0 of a label map is ignored and 1 is the first '
+                              'class; with False, 0 is the first class')
+
+
+def _default(kind: Any, argument: str) -> Any:
+    """The default of an argument of a class, or of the base class that has it."""
+    for part in getattr(kind, '__mro__', ()):
+        parameter = inspect.signature(part.__init__).parameters.get(argument) if part is not object else None
+        if parameter is not None:
+            return parameter.default
+    return None
 
 
 def put_classes_right(node: Any, key: str = '') -> None:

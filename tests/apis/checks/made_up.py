@@ -75,7 +75,7 @@ def write_maps(root: Path, *values: list[int]) -> dict:
     for folder in ('img', 'map'):
         (root / folder).mkdir(parents=True)
     for index, row in enumerate(values):
-        cv2.imwrite(str(root / 'img' / f'{index}.png'), np.zeros((2, 2, 3), np.uint8))
+        cv2.imwrite(str(root / 'img' / f'{index}.png'), np.zeros((2, len(row), 3), np.uint8))
         cv2.imwrite(str(root / 'map' / f'{index}.png'), np.array([row, row], np.uint8))
     return dict(data_root=str(root), img_suffix='.png', data_prefix=dict(img_path='img', seg_map_path='map'))
 

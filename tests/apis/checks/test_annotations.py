@@ -2,12 +2,13 @@
 """Entries of annotation files, and objects that are left."""
 
 import pytest
+from mmdet.datasets.api_wrappers import COCO, COCOeval
 from mmdet.datasets.transforms import LoadAnnotations
 from mmdet.evaluation import CocoMetric
 from mmengine.evaluator import Evaluator
 
 from revcol_mm.apis.errors import LaunchError
-from tests.apis.checks.made_up import coco_set, loaders, model_of, write_coco
+from tests.apis.checks.made_up import BOX, coco_set, loaders, model_of, names_of, write_coco
 
 
 def test_a_training_set_of_crowds_is_refused(checks, tmp_path):
@@ -39,7 +40,7 @@ def test_a_box_that_is_not_finite_is_counted_and_named(checks, tmp_path, box):
     def spoil(content):
         content['annotations'][1]['bbox'] = box
 
-    with pytest.raises(LaunchError, match=r'train.json must be four finite numbers.*1 of 2 are not \(id 2 in image 1: '):
+    with pytest.raises(LaunchError, match=r'train.json must be four finite numbers.*1 of 2 \(id 2 in image 1: '):
         coco_set(write_coco(tmp_path, change=spoil))
 
 
@@ -70,3 +71,55 @@ def test_an_evaluator_of_masks_needs_masks(checks, tmp_path):
     val, metric = coco_set(path), CocoMetric(str(path), metric=['bbox', 'segm'])
     with pytest.raises(LaunchError, match=r"metric is segm, but 1 of 2 have none \(id 2\).*val_evaluator.metric='bbox'"):
         checks.check(loaders(val=val), model_of(2), dict(val=Evaluator([metric])))
+
+
+@pytest.mark.parametrize('ids, reason', [((0, 1), 'one with the id 0'), ((7, 7), 'only 1 different ids')])
+def test_annotations_with_unusable_ids_are_numbered_anew(checks, tmp_path, said, ids, reason):
+    """With the id 0, COCOeval takes a perfect detection for a false one; of two with one id, mmdet reads one twice."""
+    def number(content):
+        for annotation, index in zip(content['annotations'], ids):
+            annotation['id'] = index
+
+    path = write_coco(tmp_path, change=number)
+    dataset = coco_set(path)
+    assert names_of(dataset) == ['disc', 'square']
+    coco = COCO(str(path))
+    evaluation = COCOeval(coco, coco.loadRes([dict(image_id=index, category_id=index + 1, bbox=BOX['bbox'], score=0.9)
+                                              for index in range(2)]), 'bbox')
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)
+    assert any(reason in line for line in said)
+
+
+def test_ids_as_texts_are_refused(checks, tmp_path):
+    def change(content):
+        for annotation in content['annotations']:
+            annotation['image_id'] = str(annotation['image_id'])
+
+    with pytest.raises(LaunchError, match=r'every image_id in .* must be a number .* \(image_id 0, 1\): write numbers'):
+        coco_set(write_coco(tmp_path, change=change))
+
+
+def test_a_file_without_categories_is_refused(checks, tmp_path):
+    with pytest.raises(LaunchError, match='must have categories.* but has none'):
+        coco_set(write_coco(tmp_path, change=lambda content: content.update(categories=[])))
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_an_encoding_that_json_does_not_read_is_named(checks, tmp_path, encoding):
+    path = write_coco(tmp_path)
+    path.write_text(path.read_text(), encoding=encoding)
+    with pytest.raises(LaunchError, match='Save it as UTF-8 without a byte order mark'):
+        coco_set(path)
+
+
+def test_boxes_given_by_two_corners_are_suspicious(checks, tmp_path, said):
+    coco_set(write_coco(tmp_path, change=lambda content: content['annotations'][1].update(bbox=[30, 20, 45, 35], area=225)))
+    assert any('1 of 2 boxes of' in line and 'end outside of their image' in line for line in said)
+
+
+def test_boxes_inside_of_their_images_are_not(checks, tmp_path, said):
+    coco_set(write_coco(tmp_path, change=lambda content: content['annotations'][1].update(bbox=[30, 20, 21, 21], area=441)))
+    assert not any('outside' in line for line in said)

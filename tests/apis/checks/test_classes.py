@@ -6,11 +6,13 @@ import pytest
 import torch
 from mmdet.datasets import CocoDataset, MultiImageMixDataset
 from mmdet.evaluation import CocoMetric
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, RepeatDataset
 from mmengine.evaluator import Evaluator
 from mmpretrain.datasets import CustomDataset
 from mmseg.datasets import BaseSegDataset
 
+from revcol_mm.apis.checks import check_class_folders
 from revcol_mm.apis.checks.run import DataChecks
 from revcol_mm.apis.errors import LaunchError
 from tests.apis.checks.made_up import (
@@ -182,3 +184,54 @@ def test_a_set_that_labels_by_name_is_mapped_to_the_order_of_the_training(checks
     coco_set(write_coco(tmp_path))
     named = Named(metainfo=dict(classes=('square', 'disc')))
     assert names_of(named) == ['square'] and named.metainfo['classes'] == ('disc', 'square')
+
+
+def test_a_val_file_without_a_class_is_evaluated_as_if_it_had_no_object_of_it(checks, tmp_path, said):
+    train = coco_set(write_coco(tmp_path, 'train', ('disc', 'ring', 'square'), ('disc', 'ring', 'square')),
+                     classes=('disc', 'ring', 'square'))
+    path = write_coco(tmp_path, 'val', ('square', 'disc'), ('square', 'disc', 'disc'))
+    val = coco_set(path, classes=('disc', 'ring', 'square'), test_mode=True)
+    assert names_of(val) == ['square', 'disc', 'disc']
+    assert val.metainfo['classes'] == train.metainfo['classes'] == ('disc', 'ring', 'square')
+    evaluator = Evaluator(CocoMetric(ann_file=str(path)))
+    evaluator.dataset_meta = val.metainfo
+    checks.check(loaders(train=train, val=val), model_of(3), dict(val=evaluator))
+    predictions = [dict(img_id=index, ori_shape=(40, 50), pred_instances=dict(
+        bboxes=torch.tensor([[1., 1, 9, 9]]), scores=torch.tensor([0.9]), labels=torch.tensor([label])))
+        for index, label in enumerate([2, 0, 0])]
+    evaluator.process(predictions)
+    assert evaluator.evaluate(3)['coco/bbox_mAP'] == 1
+    assert any('lacks the categories ring' in line for line in said)
+
+
+def test_a_val_file_with_another_spelling_is_refused(checks, tmp_path):
+    coco_set(write_coco(tmp_path))
+    with pytest.raises(LaunchError, match="'disc' is 'Disc' there: write both alike"):
+        coco_set(write_coco(tmp_path, 'val', ('Disc', 'square'), ('Disc', )), test_mode=True)
+
+
+def test_a_training_file_without_a_class_is_refused(checks, tmp_path):
+    with pytest.raises(LaunchError, match='must be categories of .*train.json, which has disc, square, but got ring'):
+        coco_set(write_coco(tmp_path), classes=('disc', 'ring', 'square'))
+
+
+def test_a_palette_that_is_too_short_is_refused(checks, tmp_path):
+    with pytest.raises(LaunchError, match='metainfo.palette of .* must have a color for each of the 2 classes, but has 1'):
+        CocoDataset(ann_file=str(write_coco(tmp_path)), metainfo=dict(classes=('disc', 'square'), palette=[(1, 2, 3)]),
+                    data_prefix=dict(img=str(tmp_path / 'train')))
+
+
+@pytest.mark.parametrize('folders, classes, message', [
+    (('a', 'b', '.ipynb_checkpoints'), None, 'but .ipynb_checkpoints was made by another program: remove it'),
+    (('a', 'b'), ('a', 'b', 'c'), 'but has 2. Without folder: c; without class: .none.. Make an empty folder'),
+    (('a', 'b', 'c'), ('a', 'b'), 'Without folder: .none.; without class: c')])
+def test_folders_that_are_not_the_classes_are_named(tmp_path, folders, classes, message):
+    dataset = dict(type='CustomDataset', data_root=write_folders(tmp_path, *folders), metainfo=dict(classes=classes))
+    cfg = Config(dict(default_scope='mmpretrain', train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dataset))))
+    with pytest.raises(LaunchError, match=message):
+        check_class_folders(cfg, ('train', ))
+
+
+def test_folders_of_all_classes_are_accepted(tmp_path):
+    dataset = dict(type='CustomDataset', data_root=write_folders(tmp_path, 'a', 'b'), classes=('b', 'a'))
+    check_class_folders(Config(dict(default_scope='mmpretrain', val_dataloader=dict(dataset=dataset))), ('train', 'val'))

@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The checks before a run, reached from tools/train.py, tools/test.py, and from a config that names the hook."""
+import shutil
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from mmengine.runner import Runner
 from revcol_mm.apis import test, train
 from revcol_mm.apis.checks import DataChecks
 from revcol_mm.apis.errors import LaunchError
+from revcol_mm.checkpoint import CheckpointError
 
 CONFIG = """
 default_scope = 'mmpretrain'
@@ -77,7 +79,7 @@ def test_a_dry_run_loads_a_batch_of_every_loader(folder):
 
 def test_check_data_names_all_broken_files_and_does_not_train(folder, capsys):
     (folder / 'train' / 'b' / '1.png').write_bytes(b'')
-    with pytest.raises(LaunchError, match='every image and label map must be readable, but 1 are not'):
+    with pytest.raises(LaunchError, match='every image and label map must be usable, but this is not so for 1 '):
         run(arguments=('--check-data', ))
     assert 'train/b/1.png: the file is empty' in capsys.readouterr().out
     assert not list(folder.rglob('*.pth'))
@@ -120,14 +122,15 @@ def test_a_training_by_epochs_is_resumed_between_two_epochs(folder):
     assert torch.load('work/iter_4.pth', weights_only=True)['meta']['iter'] == 4
 
 
-def test_settings_are_put_right_by_the_tool(monkeypatch):
+def test_settings_are_put_right_by_the_tool(monkeypatch, folder):
+    shutil.copytree(folder / 'train' / 'a', folder / 'one' / 'a')
     seen = []
     monkeypatch.setattr(train, 'build_runner', lambda cfg, **_: seen.append(cfg) or (_ for _ in ()).throw(LaunchError('stop')))
     with pytest.raises(LaunchError, match='stop'):
-        run('auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=8',
-            'train_dataloader.dataset.metainfo.classes=square', arguments=('--auto-scale-lr', ))
+        run('auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=8', 'train_dataloader.dataset.data_root=one',
+            'train_dataloader.dataset.metainfo.classes=a', arguments=('--auto-scale-lr', ))
     assert seen[0].auto_scale_lr.base_batch_size == 2
-    assert seen[0].train_dataloader.dataset.metainfo.classes == ('square', )
+    assert seen[0].train_dataloader.dataset.metainfo.classes == ('a', )
 
 
 def test_misspelt_options_are_refused_by_the_tool():
@@ -163,3 +166,20 @@ def test_a_run_that_does_not_start_leaves_nothing_behind():
 def test_the_hook_of_a_config_and_the_tools_own_do_not_meet(folder):
     (folder / 'config.py').write_text(CONFIG + "custom_hooks = [dict(type='DataCheckHook')]\n")
     run(arguments=('--dry-run', ))
+
+
+@pytest.mark.parametrize('option, message', [
+    ('optim_wrapper.optimizer.momentum=-1', 'ValueError: Invalid momentum value: -1'),
+    ('load_from=other.pth', 'none of the weights of other.pth')])
+def test_a_dry_run_builds_the_optimizer_and_loads_the_weights(option, message):
+    torch.save(dict(state_dict=dict(other=torch.zeros(1))), 'other.pth')
+    with pytest.raises((LaunchError, CheckpointError), match=message):
+        run(option, arguments=('--dry-run', ))
+
+
+def test_predictions_are_dumped_after_the_checks(folder):
+    run('default_hooks.checkpoint.interval=4')
+    (folder / 'train' / 'c').mkdir()
+    cv2.imwrite('train/c/0.png', np.zeros((32, 32), np.uint8))
+    with pytest.raises(LaunchError, match='the folders in train/ must be classes of the checkpoint'):
+        test.test(['config.py', 'work/iter_4.pth', '--work-dir', 'work', '--out', 'predictions.pkl'])

@@ -4,6 +4,7 @@
 import pytest
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dataset import Compose
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from revcol_mm.apis.checks.images import SampleError
@@ -29,7 +30,7 @@ def test_check_all_lists_every_broken_file(tmp_path, capsys):
     dataset = coco_set(write_coco(tmp_path, objects=('disc', 'square') * 20))
     for index in (3, 11, 38):
         (tmp_path / 'train' / f'{index}.png').write_bytes(b'')
-    with pytest.raises(LaunchError, match='but 3 are not'):
+    with pytest.raises(LaunchError, match='but this is not so for 3'):
         checks.check(loaders(train=dataset), model_of(2), {})
     listed = [line.split(':')[0].rpartition('/')[2] for line in capsys.readouterr().out.splitlines() if '.png' in line]
     assert listed == ['3.png', '11.png', '38.png']
@@ -45,3 +46,22 @@ def test_an_image_that_fails_in_the_run_is_named_in_one_sentence(checks, tmp_pat
         list(DataLoader(dataset, num_workers=workers, collate_fn=list, multiprocessing_context='fork' if workers else None))
     assert 'train/1.png cannot be used' in str(error.value) and 'the file is empty' in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_an_image_of_another_size_than_the_annotation_file_says_is_refused(checks, tmp_path):
+    dataset = coco_set(write_coco(tmp_path, change=lambda content: content['images'][1].update(width=40, height=50)))
+    with pytest.raises(LaunchError, match='1.png: the image is 50×40, but its annotation file says 40×50'):
+        checks.check(loaders(train=dataset), model_of(2), {})
+
+
+@pytest.mark.parametrize('color_type, width, height', [('color', 40, 50), ('unchanged', 50, 40)])
+def test_the_size_of_an_image_is_that_after_turning(checks, tmp_path, color_type, width, height):
+    path = write_coco(tmp_path, change=lambda content: [image.update(width=width, height=height)
+                                                        for image in content['images']])
+    for file in path.with_suffix('').iterdir():
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.open(file).save(file, exif=exif)
+    dataset = coco_set(path, pipeline=[dict(type='LoadImageFromFile', color_type=color_type)])
+    assert dataset[0]['img'].shape[:2] == (height, width)  # as mmcv loads it
+    checks.check(loaders(train=dataset), model_of(2), {})

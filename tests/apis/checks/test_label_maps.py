@@ -7,8 +7,9 @@ import pytest
 from mmcv.transforms import LoadImageFromFile
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs
+from PIL import Image
 
-from revcol_mm.apis.checks.images import SampleError
+from revcol_mm.apis.checks.images import NamingPipeline, SampleError
 from revcol_mm.apis.checks.run import DataChecks
 from revcol_mm.apis.errors import LaunchError
 from tests.apis.checks.made_up import check_maps, write_maps
@@ -94,3 +95,33 @@ def test_sets_of_a_known_type_with_another_order_are_mapped_by_name(checks, tmp_
     assert val.metainfo['classes'] == ('ground', 'disc', 'square')
     assert sorted(set(val[0]['gt_seg_map'].ravel().tolist())) == [0, 1, 2]
     assert val[0]['gt_seg_map'][0].tolist() == [0, 1, 2]
+
+
+def test_a_label_map_must_have_the_size_of_its_image(checks, tmp_path):
+    settings = write_maps(tmp_path, [0, 1])
+    cv2.imwrite(str(tmp_path / 'map' / '0.png'), np.array([[0, 1, 1], [0, 1, 1]], np.uint8))
+    dataset = BaseSegDataset(metainfo=dict(classes=('a', 'b')), **settings)
+    with pytest.raises(LaunchError, match='map/0.png: the label map is 3×2, but its image is 2×2'):
+        check_maps(checks, dataset)
+
+
+@pytest.mark.parametrize('test_mode', [False, True])
+def test_a_label_map_of_another_size_is_named_when_it_is_met(tmp_path, test_mode):
+    settings = write_maps(tmp_path, [0, 1], [0, 1])
+    steps = [dict(type='LoadImageFromFile'), dict(type=LoadAnnotations), dict(type='Resize', scale=(4, 4), keep_ratio=True),
+             dict(type=PackSegInputs)]
+    if test_mode:
+        steps = [steps[0], steps[2], steps[1], steps[3]]
+    dataset = BaseSegDataset(metainfo=dict(classes=('a', 'b')), pipeline=steps, test_mode=test_mode, **settings)
+    dataset.pipeline = NamingPipeline(dataset)
+    dataset[0]
+    cv2.imwrite(str(tmp_path / 'map' / '1.png'), np.array([[0, 1, 1], [0, 1, 1]], np.uint8))
+    with pytest.raises(SampleError, match='map/1.png cannot be used: a label map must have the size of its image'):
+        dataset[1]
+
+
+def test_a_map_of_one_bit_per_pixel_holds_the_classes_0_and_1(checks, tmp_path, said):
+    settings = write_maps(tmp_path, [0, 1])
+    Image.fromarray(np.array([[0, 1], [0, 1]], bool)).save(tmp_path / 'map' / '0.png')
+    check_maps(checks, BaseSegDataset(metainfo=dict(classes=('a', 'b')), **settings))
+    assert not any('have no pixel' in line for line in said)

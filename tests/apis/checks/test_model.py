@@ -128,3 +128,10 @@ def test_a_sliding_window_of_mask2former_gives_the_map_of_the_whole_image(monkey
         assert model.inference(image, [dict(sample)]).shape == whole.shape
         model.test_cfg.update(crop_size=(96, 96))
         torch.testing.assert_close(model.inference(image, [dict(sample)]), whole)
+
+
+def test_all_heads_of_another_size_are_named(checks, tmp_path):
+    model = nn.ModuleDict(dict(bbox_head=Head(2), mask_head=Head(80), auxiliary_head=Head(150)))
+    with pytest.raises(LaunchError, match=r'model.mask_head \(Head\) is 80, that of model.auxiliary_head \(Head\) is 150: set '
+                                          'num_classes=2'):
+        checks.check(loaders(train=coco_set(write_coco(tmp_path))), model, {})

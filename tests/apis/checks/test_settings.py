@@ -7,8 +7,9 @@ from mmengine.optim import CosineAnnealingLR
 
 from revcol_mm.apis.checks.options import check_options
 from revcol_mm.apis.checks.schedules import check_accumulation, check_schedulers, count_accumulation
-from revcol_mm.apis.checks.settings import put_classes_right
+from revcol_mm.apis.checks.settings import check_kinds, check_optimizer, check_reduced_labels, put_classes_right
 from revcol_mm.apis.errors import LaunchError
+from revcol_mm.utils.configs import config_path
 
 
 @pytest.fixture
@@ -108,3 +109,61 @@ def test_one_rate_for_all_is_kept_where_all_have_one(cfg):
     cfg.optim_wrapper.paramwise_cfg, cfg.auto_scale_lr.enable = dict(layer_decay_rate=1.0), False
     cfg.param_scheduler = [dict(type='OneCycleLR', eta_max=1e-2)]
     check_schedulers(cfg)
+
+
+@pytest.mark.parametrize('key, meant', [
+    ('model.test_cfg.rcnn.score_threshold', 'model.test_cfg.rcnn.score_thr'),
+    ('train_dataloader.dataset.filter_cfg.min_sizes', 'train_dataloader.dataset.filter_cfg.min_size'),
+    ('default_hooks.checkpoint.intervall', 'default_hooks.checkpoint.interval'),
+    ('default_hooks.checkpoint.max_keep_ckpt', 'default_hooks.checkpoint.max_keep_ckpts'),
+    ('train_dataloader.dataset.pipeline.1.with_boxx', 'train_dataloader.dataset.pipeline.1.with_bbox'),
+    ('model.backbone.drop_path_rat', 'model.backbone.drop_path_rate')])
+def test_misspelt_arguments_of_classes_and_of_plain_dicts_are_refused(key, meant):
+    cfg = Config.fromfile(config_path('cascade_rcnn_revcol_t'))
+    with pytest.raises(LaunchError, match=f'{key} is unknown: did you mean {meant}\\?'):
+        check_options(cfg, {key: 1})
+
+
+@pytest.mark.parametrize('config, keys', [
+    ('cascade_rcnn_revcol_t', [
+        'model.backbone.stored_columns', 'model.backbone.reversible', 'model.backbone.init_cfg', 'model.test_cfg.rcnn.nms.type',
+        'train_dataloader.dataset.filter_cfg.min_size', 'train_dataloader.dataset.indices',
+        'default_hooks.checkpoint.save_best', 'default_hooks.checkpoint.published_keys', 'default_hooks.exact_resume',
+        'optim_wrapper.accumulative_counts', 'optim_wrapper.optimizer.betas', 'optim_wrapper.clip_grad.norm_type',
+        'train_cfg.val_interval', 'train_cfg.dynamic_intervals', 'val_evaluator.classwise', 'test_dataloader.num_workers',
+        'train_dataloader.dataset.metainfo.classes', 'model.roi_head.bbox_head.0.num_classes', 'env_cfg.dist_cfg.timeout',
+        'visualizer.vis_backends.0.type', 'model.data_preprocessor.pad_size_divisor', 'param_scheduler.0.end_factor']),
+    ('upernet_revcol_t', [
+        'model.test_cfg.stride', 'model.decode_head.ignore_index', 'model.decode_head.dropout_ratio',
+        'train_dataloader.dataset.reduce_zero_label', 'train_dataloader.sampler.seed', 'custom_hooks.0.momentum',
+        'model.auxiliary_head.loss_decode.class_weight', 'train_dataloader.dataset.pipeline.0.imdecode_backend']),
+    ('demo/revcol_nano_digits_cls', ['model.head.topk', 'model.train_cfg.augments', 'train_dataloader.dataset.classes'])])
+def test_arguments_that_a_config_does_not_name_are_accepted(config, keys):
+    check_options(Config.fromfile(config_path(config)), dict.fromkeys(keys, 1))
+
+
+@pytest.mark.parametrize('key, value', [('custom_hooks', 'EMAHook'), ('custom_hooks', dict(type='EMAHook')),
+                                        ('param_scheduler', 'cosine'), ('custom_hooks', ['EMAHook'])])
+def test_lists_of_settings_must_be_lists_of_dicts(cfg, key, value):
+    cfg[key] = value
+    with pytest.raises(LaunchError, match=f'{key} must be a list of dicts'):
+        check_kinds(cfg)
+
+
+def test_data_sets_of_one_type_agree_on_the_label_zero():
+    def cfg_of(**val) -> Config:
+        train = dict(type='RepeatDataset', dataset=dict(type='ADE20KDataset'))
+        return Config(dict(default_scope='mmseg', train_dataloader=dict(dataset=train), val_dataloader=dict(
+            dataset=dict(type='ADE20KDataset', **val)), test_dataloader=dict(dataset=dict(type='BaseSegDataset'))))
+
+    check_reduced_labels(cfg_of())
+    check_reduced_labels(cfg_of(reduce_zero_label=True))  # which is the type's own value
+    with pytest.raises(LaunchError, match='the same for every ADE20KDataset, but is True in train_dataloader and False in v'):
+        check_reduced_labels(cfg_of(reduce_zero_label=False))
+
+
+def test_an_unknown_optimizer_is_named(cfg):
+    check_optimizer(cfg)
+    cfg.optim_wrapper.optimizer.type = 'AdamWW'
+    with pytest.raises(LaunchError, match=r"optim_wrapper.optimizer.type must be .*, but is 'AdamWW': did you mean AdamW\?"):
+        check_optimizer(cfg)
