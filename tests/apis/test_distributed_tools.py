@@ -38,6 +38,7 @@ def test_two_cpu_processes_train_and_test_a_detector(workshop, tmp_path):
     assert 'coco/segm_mAP: ' in text
 
 
+@pytest.mark.slow
 def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_path):
     config = workshop / 'detection.py'
     launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--cfg-options', *SHARDED, cwd=tmp_path)

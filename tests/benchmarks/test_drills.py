@@ -19,6 +19,7 @@ def drill(kind, kills):
     return rows[0][1:]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_while_it_saves_goes_on_to_the_same_weights():
     assert drill('saving', 5) == ['5', '5', '0', 'yes']
 

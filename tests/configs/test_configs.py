@@ -17,6 +17,7 @@ from tests.common import CONFIGS, gradients_of, load_config, narrow
 
 ALL = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for place in ('*.py', 'demo/*.py')
              for path in CONFIGS.glob(place))
+LARGE = ('dino_revcol_h', 'dino_revcol_h_o365', 'dino_revcol_l_in22k')  # a minute each; dino_revcol_b_in22k is not slow
 RELEASE = 'https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_'
 
 
@@ -68,7 +69,7 @@ def predictions(model: nn.Module, data: dict) -> list:
         return model(**model.data_preprocessor(data, False), mode='predict')
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in ALL])
 def test_every_config_trains_a_step_and_predicts(name):
     cfg = load_config(name)
     if not name.startswith('demo/'):  # those are small already
