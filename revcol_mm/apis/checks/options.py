@@ -4,8 +4,24 @@ import difflib
 import inspect
 from typing import Any, Iterator, Mapping, Sequence
 
-from mmengine import registry
 from mmengine.config import Config
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    EVALUATOR,
+    HOOKS,
+    LOG_PROCESSORS,
+    LOOPS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+    TASK_UTILS,
+    TRANSFORMS,
+    VISBACKENDS,
+    VISUALIZERS,
+)
 
 from ..errors import LaunchError
 
@@ -28,6 +44,9 @@ LOOKED_UP = dict(
     paramwise_cfg=('custom_keys', ), auto_scale_lr=('enable', 'base_batch_size'),
     env_cfg=('cudnn_benchmark', 'mp_cfg', 'dist_cfg'), metainfo=('classes', 'palette'), data_prefix=(),
     filter_cfg=('filter_empty_gt', 'min_size'))
+#: Where the classes that a config names are looked for.
+REGISTRIES = (MODELS, TASK_UTILS, DATASETS, TRANSFORMS, HOOKS, DATA_SAMPLERS, METRICS, EVALUATOR, LOOPS, OPTIMIZERS,
+              OPTIM_WRAPPERS, PARAM_SCHEDULERS, VISUALIZERS, VISBACKENDS, LOG_PROCESSORS)
 #: Keys that the builders of OpenMMLab take out of the settings of an object, whatever its class.
 BUILDERS = frozenset(('type', '_scope_', '_delete_', 'priority', 'convert_to_iter_based', 'constructor', 'paramwise_cfg'))
 
@@ -84,8 +103,8 @@ def _what_was_meant(part: str, node: Mapping[str, Any], above: Sequence[str], sc
 def _arguments(node: Mapping[str, Any], scope: str | None) -> set[str]:
     """The names of the arguments of the class that settings name; nothing if they name none, or if it is unknown."""
     kind = node.get('type')
-    for root in vars(registry).values():
-        if isinstance(kind, str) and isinstance(root, registry.Registry):
+    for root in REGISTRIES:
+        if isinstance(kind, str):
             with root.switch_scope_and_registry(scope) as own:
                 kind = own.get(kind) or kind
     names, classes = set(BUILDERS), kind.__mro__ if isinstance(kind, type) else [kind]

@@ -5,10 +5,13 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import CosineAnnealingLR
 
+from revcol_mm.apis.checks import options
 from revcol_mm.apis.checks.options import check_options
 from revcol_mm.apis.checks.schedules import check_accumulation, check_schedulers, count_accumulation
 from revcol_mm.apis.checks.settings import check_kinds, check_optimizer, check_reduced_labels, put_classes_right
+from revcol_mm.apis.config import load_config
 from revcol_mm.apis.errors import LaunchError
+from revcol_mm.apis.test import parse_test_args
 from revcol_mm.utils.configs import config_path
 
 
@@ -140,6 +143,24 @@ def test_misspelt_arguments_of_classes_and_of_plain_dicts_are_refused(key, meant
     ('demo/revcol_nano_digits_cls', ['model.head.topk', 'model.train_cfg.augments', 'train_dataloader.dataset.classes'])])
 def test_arguments_that_a_config_does_not_name_are_accepted(config, keys):
     check_options(Config.fromfile(config_path(config)), dict.fromkeys(keys, 1))
+
+
+@pytest.mark.parametrize('config', ['htc_revcol_h', 'mask2former_revcol_t', 'revcol_t_in1k'])
+def test_no_key_of_a_config_is_taken_for_another_one(config):
+    cfg = load_config(parse_test_args([config_path(config), 'checkpoint']))  # which registers the package
+
+    def walk(node, *above):
+        if isinstance(node, list):
+            for index, part in enumerate(node):
+                walk(part, *above, str(index))
+        elif isinstance(node, dict):
+            for key, value in node.items():
+                rest = {name: other for name, other in node.items() if name != key}
+                assert key == 'type' or options._what_was_meant(key, rest, above, cfg.default_scope) is None, (above, key)
+                walk(value, *above, key)
+
+    for key in options.READ.intersection(cfg):
+        walk(cfg._cfg_dict[key], key)
 
 
 @pytest.mark.parametrize('key, value', [('custom_hooks', 'EMAHook'), ('custom_hooks', dict(type='EMAHook')),
