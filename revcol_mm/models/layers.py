@@ -5,6 +5,15 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+#: Number of values that a block computes at once in inference on a CPU, so that its 4C channels stay in the cache.
+CHUNK = 300_000
+
+
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether this is inference on a CPU, without a graph, a trace or a compiler, where the cache decides the speed."""
+    return x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and (
+        not torch.jit.is_tracing())
+
 
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of (N, C, H, W). It needs no copy when the input is channels-last."""
@@ -48,10 +57,17 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        branch = self.pwconv2(F.gelu(self.pwconv1(self.norm(branch))))
-        if self.gamma is not None:
-            branch = self.gamma * branch
-        return x + self.drop_path(branch.permute(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)
+        if infers_on_cpu(x) and branch.is_contiguous() and not self.training:
+            rows = max(1, CHUNK // branch.shape[-1])
+            parts = zip(x.permute(0, 2, 3, 1).reshape(-1, branch.shape[-1]).split(rows), branch.flatten(0, 2).split(rows))
+            out = torch.cat([part + self._mix(pixels) for part, pixels in parts])
+            return out.view(branch.shape).permute(0, 3, 1, 2)
+        return x + self.drop_path(self._mix(branch).permute(0, 3, 1, 2))  # (N, H, W, C) -> (N, C, H, W)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """What follows the convolution, for each pixel by itself; the last dimension is the channels."""
+        x = self.pwconv2(F.gelu(self.pwconv1(self.norm(x))))
+        return x if self.gamma is None else self.gamma * x
 
     def fold(self) -> None:
         """Multiplies LayerScale into the Linear before it, and the norm's weight and bias into the Linear after it."""

@@ -10,21 +10,26 @@ from torch import Tensor, nn
 
 from ...checkpoint.kernels import pad_on_load
 from ...checkpoint.loading import FOLDED
-from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights, linear_norm, patch_norm
+from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, infers_on_cpu, init_weights, linear_norm, patch_norm
 from .base import Column, ColumnStack
 from .deploy import InferenceColumn, check_folding
 
 
 class UpPath(nn.Module):
-    """Brings the features of a higher level to this level: Linear, LayerNorm, nearest interpolation."""
+    """Adds the features of a higher level to those of this level: Linear, LayerNorm, nearest interpolation, sum."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.channel_reschedule = linear_norm(in_channels, out_channels)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.channel_reschedule(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return F.interpolate(x, size=size, mode='nearest')
+    def forward(self, x: Tensor, base: Tensor) -> Tensor:
+        """Returns the sum of ``base``, the features of this level so far, and the features x of the higher level."""
+        x = self.channel_reschedule(x.permute(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
+        (height, width), size = x.shape[1:3], base.shape[-2:]
+        if infers_on_cpu(x) and size == (2 * height, 2 * width):  # each pixel is added to four, without a copy in between
+            four = base.permute(0, 2, 3, 1).reshape(-1, height, 2, width, 2, x.shape[-1])
+            return (four + x[:, :, None, :, None]).view(-1, *size, x.shape[-1]).permute(0, 3, 1, 2)
+        return base + F.interpolate(x.permute(0, 3, 1, 2), size=size, mode='nearest')
 
 
 class Fusion(nn.Module):
@@ -45,7 +50,7 @@ class Fusion(nn.Module):
     def forward(self, below: Tensor, *p: Tensor) -> Tensor:
         x = self.down(below)
         for name, feature in zip(('up', 'up2'), p):
-            x = x + self._modules[name](feature, x.shape[-2:])
+            x = self._modules[name](feature, x)
         return x
 
 
