@@ -2,10 +2,13 @@
 """Predicts on images, and writes pictures with the predictions, and JSON in COCO's format.
 
     python tools/infer.py CONFIG CHECKPOINT photo.jpg folder 'more/**/*.png' --out predictions
+    python tools/infer.py model.onnx photo.jpg folder 'more/**/*.png' --out predictions     # without PyTorch
 
 Exit status: 0 when all images were predicted; 3 when some were left out, with the reason for each; 1 when none was predicted.
 """
 import argparse
+import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +16,10 @@ from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+
+if __name__ == '__main__' and sys.argv[1:] and sys.argv[1].endswith('.onnx'):  # before anything imports PyTorch
+    folder, = importlib.util.find_spec('revcol_mm').submodule_search_locations
+    runpy.run_path(str(Path(folder) / 'runtime.py'), run_name='__main__')
 
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
 from revcol_mm.apis.errors import plain_errors  # noqa: E402

@@ -7,9 +7,18 @@ from typing import Sequence
 from mmengine.config import Config
 from mmengine.registry import METRICS
 
-from .checks import check_checkpoint, check_class_folders, check_data, check_run, check_settings, find_model_classes
+from .checks import (
+    check_checkpoint,
+    check_class_folders,
+    check_data,
+    check_run,
+    check_settings,
+    find_file_classes,
+    find_model_classes,
+)
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
+from .onnx_model import ONNXModel
 from .pictures import name_pictures_apart
 from .runner import build_runner, leave_process_group
 from .tta import set_tta
@@ -19,12 +28,13 @@ def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of ``tools/test.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Tests a detector, a segmentor or a classifier, and prints its metrics')
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('checkpoint', help='checkpoint file or URL, or an ONNX file of the whole model')
     parser.add_argument('--out', help='file.pkl for the predictions; in segmentation also a folder for label maps')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='folder for images with drawn predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation: several scales and flips, merged')
+    parser.add_argument('--provider', default='cpu', help='where an ONNX file is computed: cpu, cuda or openvino. Default: cpu')
     parser.add_argument('--check-data', action='store_true',
                         help='open every image and label map before the test, and list those that are broken')
     add_run_arguments(parser)
@@ -49,11 +59,15 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise LaunchError(f'{args.config} must have test_dataloader and test_evaluator, but has no {" and no ".join(missing)}')
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
-    check_checkpoint(args.checkpoint, 'the command line')
+    exported = args.checkpoint.endswith('.onnx')
+    if exported:
+        model = _take_file(cfg, args)
+    else:
+        check_checkpoint(args.checkpoint, 'the command line')
     check_settings(cfg, ('test', ))
     check_data(cfg, ('test', ))
     check_class_folders(cfg, ('test', ))
-    classes = find_model_classes(args.checkpoint, cfg)
+    classes = (model.runtime.classes or find_file_classes(cfg)) if exported else find_model_classes(args.checkpoint, cfg)
     if args.show or args.show_dir:
         _set_visualization(cfg, args)
     if args.tta:
@@ -66,6 +80,8 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         for evaluator in evaluators:
             evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg, loads_whole_model=True)
+    if exported:
+        runner.model = model
     with build_errors(cfg, runner):
         check_run(runner, ('test', ), classes, args.check_data)
         if dump:  # not earlier, because it builds the data set
@@ -77,6 +93,19 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     del runner
     leave_process_group()
     return metrics
+
+
+def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
+    """The model in an ONNX file, which takes the place of the config's.
+
+    Raises:
+        LaunchError: it cannot be used, or augmentation is asked for.
+    """
+    if args.tta:
+        raise LaunchError('--tta needs a checkpoint, because an ONNX file predicts on the image as it is: leave it out')
+    model = ONNXModel(args.checkpoint, cfg.get('default_scope'), args.provider)
+    cfg.load_from = None
+    return model
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:

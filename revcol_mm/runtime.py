@@ -1,0 +1,466 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Runs the ONNX files of tools/export_onnx.py without PyTorch: numpy, onnxruntime, and OpenCV or Pillow are enough.
+
+This file uses nothing else of revcol_mm and may be copied. ``import revcol_mm.runtime`` would import PyTorch with the package;
+copy the file, or run it by its path::
+
+    python runtime.py model.onnx photo.jpg more.png --out predictions
+
+    model = Model('model.onnx')                    # provider='cuda' for a GPU
+    result = model.predict('photo.jpg')            # or an array, (H, W, 3) RGB uint8
+    result['boxes'], result['scores'], [model.classes[label] for label in result['labels']]
+"""
+import argparse
+import glob
+import json
+import os
+import sys
+import tempfile
+import warnings
+from typing import Any, Sequence
+
+import numpy as np
+
+try:
+    import cv2
+except ImportError:
+    cv2 = None
+try:
+    from PIL import Image, ImageDraw, ImageOps
+except ImportError:
+    Image = None
+
+#: Names of onnxruntime's execution providers.
+PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openvino='OpenVINOExecutionProvider')
+#: Steps that prepare an image, as the file's metadata names them.
+STEPS = ('Resize', 'ResizeEdge', 'CenterCrop')
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+TOP = 5  # classes that a classifier's JSON names per image
+
+
+class Model:
+    """A detector, a segmentor or a classifier in an ONNX file.
+
+    Args:
+        path (str): a file that ``tools/export_onnx.py`` has written.
+        provider (str): 'cpu', 'cuda' or 'openvino', as far as the installed onnxruntime has it. Default: 'cpu'.
+        threads (int | None): CPU threads. Default: None, onnxruntime's choice.
+
+    Attributes:
+        task (str): 'detection', 'segmentation' or 'classification'.
+        classes (list[str] | None): names of the labels, if the file has them.
+        palette (list[list[int]] | None): RGB of the classes, if the file has it.
+
+    Raises:
+        ImportError: if onnxruntime, or both OpenCV and Pillow, are missing.
+        ValueError: if the file is not one of a whole model, or the provider is not available.
+    """
+
+    def __init__(self, path: str, provider: str = 'cpu', threads: int | None = None) -> None:
+        import onnxruntime
+        if cv2 is None and Image is None:
+            raise ImportError('reading images needs OpenCV or Pillow: pip install opencv-python')
+        available = onnxruntime.get_available_providers()
+        if PROVIDERS.get(provider) not in available:
+            names = [name for name, value in PROVIDERS.items() if value in available]
+            raise ValueError(f'provider must be one of {", ".join(names)}, which the installed onnxruntime has, but got '
+                             f'{provider!r}')
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'there is no file {path} (looked from {os.getcwd()})')
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[provider]])
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            reason = str(error).splitlines()[0]
+            raise ValueError(f'{path} must be an ONNX file that onnxruntime can run, but is not: {reason}') from error
+        entries = self.session.get_modelmeta().custom_metadata_map
+        if 'task' not in entries or 'pipeline' not in entries:
+            raise ValueError(f'{path} must be a whole model that tools/export_onnx.py has written, but its metadata has no '
+                             'task or no pipeline: export it again, without --part backbone')
+        self.metadata = {key: _read(value) for key, value in entries.items()}
+        self.task, self.pipeline = self.metadata['task'], self.metadata['pipeline']
+        self.classes, self.palette = self.metadata.get('classes'), self.metadata.get('palette')
+        unknown = [step['type'] for step in self.pipeline if step['type'] not in STEPS]
+        if unknown:
+            raise ValueError(f'the images of {path} are prepared by {unknown[0]}, which this version does not know: update '
+                             'revcol_mm')
+        self._inputs = {entry.name for entry in self.session.get_inputs()}
+        self._outputs = [entry.name for entry in self.session.get_outputs()]
+
+    def predict(self, image: str | np.ndarray) -> dict[str, np.ndarray]:
+        """Predicts on one image.
+
+        Args:
+            image (str | np.ndarray): a file, or pixels, (H, W, 3) RGB uint8.
+
+        Returns:
+            dict[str, np.ndarray]: of a detector ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the image, ``scores`` (n, ),
+            ``labels`` (n, ), and ``masks`` (n, H, W) bool if the model has them; of a segmentor ``labels`` (H, W); of a
+            classifier ``scores`` (classes, ).
+
+        Raises:
+            ValueError: if the image cannot be read, or has another shape or dtype.
+        """
+        pixels = read_image(image) if isinstance(image, (str, os.PathLike)) else image
+        if not isinstance(pixels, np.ndarray) or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            shape = f'{pixels.dtype} {pixels.shape}' if isinstance(pixels, np.ndarray) else type(pixels).__name__
+            raise ValueError(f'an image must be an array (H, W, 3) of uint8, RGB, but got {shape}')
+        size = pixels.shape[:2]
+        prepared = np.ascontiguousarray(self.prepare(pixels).transpose(2, 0, 1)[None])
+        if self.task == 'segmentation' and self.metadata.get('mode') == 'slide':
+            return dict(labels=self._labels(_resize_maps(self._slide(prepared), size, self.metadata['align_corners'])))
+        found = self._run(prepared, size)
+        batched = self.task != 'detection' or found['boxes'].ndim == 3
+        return {name: value[0] if batched else value for name, value in found.items()}
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Resizes and crops an image, (H, W, 3), as the test of the config does."""
+        for step in self.pipeline:
+            height, width = pixels.shape[:2]
+            if step['type'] == 'CenterCrop':
+                crop = min(step['crop_size'][0], width), min(step['crop_size'][1], height)
+                left, top = (max(0, round((side - part) / 2)) for side, part in zip((width, height), crop))
+                pixels = pixels[top:top + crop[1], left:left + crop[0]]
+                continue
+            pixels = _resize(pixels, _target(step, width, height), step['interpolation'], step['backend'])
+        return pixels
+
+    def _run(self, images: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        inputs = dict(images=images, size=np.array(size, np.int64))
+        return dict(zip(self._outputs, self.session.run(None, {name: inputs[name] for name in self._inputs})))
+
+    def _slide(self, images: np.ndarray) -> np.ndarray:
+        """Logits of a whole image, as the mean of those of windows that overlap."""
+        total, count = None, np.zeros(images.shape[-2:], np.float32)
+        spans = [_windows(side, window, stride) for side, window, stride in
+                 zip(images.shape[-2:], self.metadata['crop_size'], self.metadata['stride'])]
+        for top, bottom in spans[0]:
+            for left, right in spans[1]:
+                window = np.ascontiguousarray(images[:, :, top:bottom, left:right])
+                logits = self._run(window, window.shape[-2:])['logits']
+                if total is None:
+                    total = np.zeros((1, logits.shape[1], *images.shape[-2:]), np.float32)
+                total[:, :, top:bottom, left:right] += logits
+                count[top:bottom, left:right] += 1
+        return total[0] / count
+
+    def _labels(self, logits: np.ndarray) -> np.ndarray:
+        if len(logits) > 1:
+            return logits.argmax(0)
+        return (1 / (1 + np.exp(-logits[0])) > self.metadata['threshold']).astype(np.int64)
+
+
+def _read(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+# Images ----------------------------------------------------------------------------------------------------------------------
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Reads an image, turned as its EXIF entry says: (H, W, 3) RGB uint8.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no image {path} (looked from {os.getcwd()})')
+    if Image is not None:  # which notices an image that is cut off
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # an image of one's own may be large
+        try:
+            with Image.open(path) as file:
+                file.load()
+                if cv2 is None:
+                    return np.array(ImageOps.exif_transpose(file).convert('RGB'))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f'{path} cannot be read as an image ({error}): copy it again') from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise ValueError(f'OpenCV cannot read {path} as an image: save it as JPEG or PNG')
+    return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def _target(step: dict, width: int, height: int) -> tuple[int, int]:
+    """Width and height to which a step resizes."""
+    if step['type'] == 'ResizeEdge':
+        narrow = dict(short=width < height, long=width > height, width=True, height=False)[step['edge']]
+        scale = step['scale']
+        return (scale, int(scale * height / width)) if narrow else (int(scale * width / height), scale)
+    if not step['keep_ratio']:
+        return tuple(step['scale'])
+    factor = min(max(step['scale']) / max(height, width), min(step['scale']) / min(height, width))
+    return int(width * factor + 0.5), int(height * factor + 0.5)
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, backend: str) -> np.ndarray:
+    if backend == 'cv2' and cv2 is None or backend == 'pillow' and Image is None:
+        backend, missing = ('pillow', 'opencv-python') if backend == 'cv2' else ('cv2', 'Pillow')
+        warnings.warn(f'images are resized by another library than in the test of the model, which changes predictions '
+                      f'slightly: pip install {missing}', stacklevel=3)
+    if backend == 'pillow':
+        return np.array(Image.fromarray(pixels).resize(size, getattr(Image.Resampling, interpolation.upper())))
+    names = dict(nearest='NEAREST', bilinear='LINEAR', bicubic='CUBIC', area='AREA', lanczos='LANCZOS4')
+    return cv2.resize(pixels, size, interpolation=getattr(cv2, f'INTER_{names[interpolation]}'))
+
+
+def _windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """First and last pixel of each window along one side; the last ones are moved back inside."""
+    count = max(length - window + stride - 1, 0) // stride + 1
+    ends = [min(index * stride + window, length) for index in range(count)]
+    return [(max(end - window, 0), end) for end in ends]
+
+
+def _resize_maps(maps: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:
+    """Bilinear interpolation of (C, H, W) to another height and width, as PyTorch does it."""
+    for axis, length in ((1, size[0]), (2, size[1])):
+        old, places = maps.shape[axis], np.arange(length, dtype=np.float32)
+        if align_corners:
+            places *= np.float32((old - 1) / max(length - 1, 1))
+        else:
+            places = np.clip((places + np.float32(0.5)) * np.float32(old / length) - np.float32(0.5), 0, None)
+        first = np.minimum(places.astype(np.int64), old - 1)
+        weight = (places - first).astype(np.float32).reshape([-1 if dim == axis else 1 for dim in range(3)])
+        low, high = maps.take(first, axis), maps.take(np.minimum(first + 1, old - 1), axis)
+        maps = low + (high - low) * weight
+    return maps
+
+
+# Results ---------------------------------------------------------------------------------------------------------------------
+
+def coco_results(model: Model, result: dict[str, np.ndarray]) -> list[dict]:
+    """What :meth:`Model.predict` found, as COCO's results without ``image_id``; ``category_id`` is the label, from 0."""
+    if model.task == 'classification':
+        order = np.argsort(-result['scores'], kind='stable')[:TOP]
+        return [dict(category_id=int(label), score=float(result['scores'][label])) for label in order]
+    if model.task == 'segmentation':
+        found = []
+        for label in np.unique(result['labels']).tolist():
+            mask = result['labels'] == label
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+            found.append(dict(category_id=label, segmentation=encode_mask(mask), area=int(mask.sum()),
+                              bbox=[float(side) for side in box], score=1.0))
+        return found
+    boxes = result['boxes'].astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    found = [dict(category_id=int(label), bbox=box, score=float(score))
+             for label, box, score in zip(result['labels'], boxes.tolist(), result['scores'])]
+    for entry, mask in zip(found, result.get('masks', ())):
+        entry['segmentation'] = encode_mask(mask)
+    return found
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """A mask (H, W) in COCO's compressed run-length encoding."""
+    flat = np.concatenate([[0], mask.astype(np.int8).flatten('F'), [0]])
+    edges = np.flatnonzero(np.diff(flat))  # where runs begin, of ones and of zeros in turn
+    runs = np.diff([0, *edges.tolist(), mask.size]).tolist()
+    if len(runs) > 1 and runs[-1] == 0:
+        runs.pop()
+    text = bytearray()
+    for index, run in enumerate(runs):
+        value = run - runs[index - 2] if index > 2 else run
+        while True:  # groups of five bits, the lowest first; the sixth bit says that more follow
+            group, value = value & 31, value >> 5
+            more = value != (-1 if group & 16 else 0)
+            text.append((group | more << 5) + 48)
+            if not more:
+                break
+    return dict(size=list(mask.shape), counts=text.decode())
+
+
+def draw(model: Model, pixels: np.ndarray, result: dict[str, np.ndarray], score_thr: float = 0.3) -> np.ndarray:
+    """A picture of the predictions.
+
+    Args:
+        model (Model): the model.
+        pixels (np.ndarray): the image, (H, W, 3) RGB uint8.
+        result (dict): from :meth:`Model.predict`.
+        score_thr (float): lowest score of a detection that is drawn. Default: 0.3.
+
+    Returns:
+        np.ndarray: (H, W, 3) RGB uint8.
+
+    Raises:
+        ImportError: if Pillow is missing.
+    """
+    if Image is None:
+        raise ImportError('drawing needs Pillow: pip install Pillow')
+    colors = _colors(model, 1 + int(result['labels'].max(initial=0)) if 'labels' in result else 0)
+    if model.task == 'segmentation':
+        return _blend(pixels, np.ones(pixels.shape[:2], bool), colors[result['labels']])
+    picture, texts = pixels, []
+    if model.task == 'classification':
+        texts = [((2, 2), f'{_name(model, entry["category_id"])}: {entry["score"]:.2f}', (255, 255, 255))
+                 for entry in coco_results(model, result)[:1]]
+    kept = np.flatnonzero(result['scores'] >= score_thr) if model.task == 'detection' else ()
+    for index in kept:
+        if 'masks' in result:
+            picture = _blend(picture, result['masks'][index], colors[result['labels'][index]])
+    image = Image.fromarray(picture)
+    pen = ImageDraw.Draw(image)
+    for index in kept:
+        box, color = result['boxes'][index].tolist(), tuple(colors[result['labels'][index]].tolist())
+        pen.rectangle([*box[:2], max(box[2], box[0]), max(box[3], box[1])], outline=color, width=2)
+        texts.append((tuple(box[:2]), f'{_name(model, result["labels"][index])}: {result["scores"][index]:.2f}', color))
+    for place, text, color in texts:
+        pen.rectangle(pen.textbbox(place, text), fill=(0, 0, 0))
+        pen.text(place, text, fill=color)
+    return np.array(image)
+
+
+def _blend(pixels: np.ndarray, mask: np.ndarray, color: np.ndarray) -> np.ndarray:
+    mixed = (pixels.astype(np.uint16) + color) // 2
+    return np.where(mask[..., None], mixed, pixels).astype(np.uint8)
+
+
+def _colors(model: Model, count: int) -> np.ndarray:
+    palette = np.array(model.palette or [], np.uint8).reshape(-1, 3)
+    more = np.random.default_rng(0).integers(64, 256, (max(count, len(model.classes or ())), 3)).astype(np.uint8)
+    return np.concatenate([palette, more[len(palette):]])
+
+
+def _name(model: Model, label: int) -> str:
+    return model.classes[label] if model.classes else str(label)
+
+
+# Command line ----------------------------------------------------------------------------------------------------------------
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Predicts on images with an ONNX file, without PyTorch')
+    parser.add_argument('model', help='file.onnx of tools/export_onnx.py')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder for images.json, predictions.json, pictures (vis/) '
+                        'and, in segmentation, label maps (maps/)')
+    parser.add_argument('--score-thr', type=float, default=0.3, help="lowest score in a detector's pictures; "
+                        'the JSON holds all scores. Default: 0.3')
+    parser.add_argument('--no-pictures', action='store_true', help='write no pictures')
+    parser.add_argument('--provider', choices=PROVIDERS, default='cpu', help='where onnxruntime computes. Default: cpu')
+    parser.add_argument('--threads', type=int, help="CPU threads; default: onnxruntime's")
+    parser.add_argument('--force', action='store_true', help='replace the files of an earlier run')
+    return parser.parse_args(argv)
+
+
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """All images that the patterns name, in order, without repetition.
+
+    Raises:
+        ValueError: for a pattern that names no image.
+    """
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        paths = []
+        for place in places:
+            inside = sorted(glob.glob(os.path.join(glob.escape(place), '**', '*'), recursive=True))
+            paths += [path for path in inside if path.lower().endswith(EXTENSIONS)] if os.path.isdir(place) else [place]
+        if not paths:
+            raise ValueError(f'there is no image {pattern} (looked from {os.getcwd()})')
+        for path in paths:
+            found.setdefault(os.path.abspath(path), path)
+    return list(found.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes ``images.json``, ``predictions.json``, pictures and label maps.
+
+    Returns:
+        int: 0 when all images were predicted, 3 when some were left out, 1 when none was predicted.
+    """
+    args = parse_args(argv)
+    try:
+        paths = find_images(args.images)
+        files = {name: os.path.join(args.out, f'{name}.json') for name in ('images', 'predictions')}
+        for path in files.values():
+            if os.path.exists(path) and not args.force:
+                raise ValueError(f'the output {path} exists already: choose another folder, or replace it with --force')
+        model = Model(args.model, args.provider, args.threads)
+        images, predictions, left_out = _predict_all(model, paths, args)
+        for name, content in dict(images=dict(images=images, annotations=[], categories=_categories(model, predictions)),
+                                  predictions=predictions).items():
+            _write(files[name], json.dumps(content).encode())
+    except (ImportError, OSError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    print(f'{len(images)} of {len(paths)} images, {len(predictions)} results: {args.out}')
+    return (3 if images else 1) if left_out else 0
+
+
+def _predict_all(model: Model, paths: Sequence[str], args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
+    images, predictions, left_out = [], [], 0
+    names = _output_names(paths)
+    for number, (path, name) in enumerate(zip(paths, names), 1):
+        if sys.stderr.isatty():
+            print(f'\rimage {number} of {len(paths)}', end='\n' * (number == len(paths)), file=sys.stderr, flush=True)
+        try:
+            pixels = read_image(path)
+            result = model.predict(pixels)
+        except Exception as error:  # of this image, or of memory; onnxruntime's have no base class of their own
+            print(f'left out: {path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}', file=sys.stderr)
+            left_out += 1
+            continue
+        images.append(dict(id=number, file_name=path, width=pixels.shape[1], height=pixels.shape[0]))
+        predictions += [dict(entry, image_id=number) for entry in coco_results(model, result)]
+        if not args.no_pictures:
+            _write_image(os.path.join(args.out, 'vis', f'{name}.jpg'), draw(model, pixels, result, args.score_thr))
+        if model.task == 'segmentation':
+            kind = np.uint8 if len(model.classes or ()) <= 256 else np.uint16
+            _write_image(os.path.join(args.out, 'maps', f'{name}.png'), result['labels'].astype(kind))
+    return images, predictions, left_out
+
+
+def _categories(model: Model, predictions: Sequence[dict]) -> list[dict]:
+    count = 1 + max((entry['category_id'] for entry in predictions), default=-1)
+    return [dict(id=label, name=name) for label, name in enumerate(model.classes or map(str, range(count)))]
+
+
+def _output_names(paths: Sequence[str]) -> list[str]:
+    """A different name for the outputs of each image, as short as possible."""
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    for names in ([os.path.basename(path) for path in absolute], [os.path.relpath(path, root) for path in absolute]):
+        short = [os.path.splitext(name)[0] for name in names]
+        for choice in (short, names):
+            if len(set(choice)) == len(choice):
+                return choice
+    return names
+
+
+def _write_image(path: str, pixels: np.ndarray) -> None:
+    import io
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format='PNG' if path.endswith('.png') else 'JPEG',
+                                 **({} if pixels.ndim == 2 else dict(quality=95)))
+    _write(path, buffer.getvalue())
+
+
+def _write(path: str, content: bytes) -> None:
+    """Writes a file under another name first, so that no half of it appears."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=folder, prefix=f'.{os.path.basename(path)}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+        os.chmod(draft, 0o666 & ~_umask())
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == '__main__':
+    sys.exit(main())
