@@ -16,18 +16,16 @@ import platform
 import statistics
 import sys
 import time
-import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import torch
 from rich.progress import track
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from revcol_mm.models import RevCol  # noqa: E402
+from revcol_mm.utils.memory import count_step, without_memory  # noqa: E402
 
 RESULTS = Path(__file__).parent / 'results'
 BATCHES = (1, 8)  # of the timed steps
@@ -47,54 +45,14 @@ def way_of(name):
         yield dict(reversible=name.startswith('reversible'), with_cp=name == 'checkpoint', stored_columns=STORED.get(name, 0))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that came into being under this mode and still live, and their peak; on any device.
-
-    Args:
-        parameters: they and their gradients do not count, nor does what has the shape of one, or of its transpose: gradients
-            on their way to a parameter. Image sizes should be such that no activation has.
-    """
-
-    def __init__(self, parameters):
-        super().__init__()
-        self.now = self.peak = 0
-        own = [tensor for parameter in parameters for tensor in (parameter, parameter.grad)]
-        self.known = {tensor.untyped_storage()._cdata: 0 for tensor in own}
-        self.shapes = {shape for tensor in own for shape in (tensor.shape, tensor.shape[::-1])}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known[storage._cdata] = 0 if tensor.shape in self.shapes else storage.nbytes()
-                    self.now += self.known[storage._cdata]
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, storage._cdata)
-        return result
-
-    def free(self, key):
-        self.now -= self.known.pop(key)
-
-
 def memory(arch, columns, way, size):
     """(MiB kept between forward and backward, MiB at the peak), parameters and their gradients aside."""
     sizes = RevCol.ARCHS[arch]
-    with way_of(way) as kwargs:
-        with torch.device('meta'):  # initialising 32 columns takes longer than their step
-            net = RevCol(dict(channels=sizes['channels'], depths=sizes['depths'], num_columns=columns), **kwargs).train()
-        net.to_empty(device='cpu')
-        for name, parameter in net.named_parameters():
-            parameter.data.fill_(0.5 if 'alpha' in name else 0.01)
-            parameter.grad = torch.zeros_like(parameter)
-        image = torch.randn(1, 3, size, size)
-        with LiveBytes(list(net.parameters())) as live:
-            loss = sum(feature.sum() for feature in net(image))
-            gc.collect()
-            kept = live.now
-            loss.backward()
-    return kept / 2**20, live.peak / 2**20
+    with way_of(way) as kwargs, torch.device('meta'):
+        net = RevCol(dict(channels=sizes['channels'], depths=sizes['depths'], num_columns=columns), **kwargs).train()
+    with way_of(way), without_memory(net) as copied:
+        step = count_step(copied, torch.empty(1, 3, size, size))
+    return step.kept / 2**20, step.peak / 2**20
 
 
 def slope(points):
