@@ -128,6 +128,28 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     return inferencer
 
 
+def read_test_settings(cfg: Config, meta: Mapping) -> tuple[Sequence[Mapping], Sequence[str] | None, list | None]:
+    """How a config's test prepares images, and what the model's labels mean.
+
+    Args:
+        cfg (Config): from :func:`revcol_mm.apis.load_config`.
+        meta (Mapping): the checkpoint's, from :func:`load_weights`.
+
+    Returns:
+        tuple: settings of the pipeline's steps; names of the classes, and their colours, of the checkpoint, and where it has
+        none, of the config's data set.
+
+    Raises:
+        LaunchError: for a config of another package, or without a test pipeline.
+    """
+    scope = cfg.get('default_scope')
+    if scope not in PACKAGES:
+        raise LaunchError(f'default_scope must be one of {", ".join(PACKAGES)}, but got {scope!r}')
+    cfg = _with_one_test_set(cfg) if cfg.get('test_dataloader') else _with_test_pipeline(cfg)
+    put_classes_right(cfg.test_dataloader, 'test_dataloader')
+    return cfg.test_dataloader.dataset.pipeline, *_classes_and_palette(cfg, meta, scope)
+
+
 def check_device(device: str) -> None:
     """Raises LaunchError for a device that cannot be used."""
     try:

@@ -1,2 +1,2 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Configs by name, counting of FLOPs and of memory, and export."""
+"""Configs by name, and counting of FLOPs and of memory."""

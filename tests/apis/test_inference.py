@@ -304,7 +304,8 @@ def test_missing_files_end_with_a_sentence(workshop, images, tmp_path, name, che
 def test_exported_backbone_is_that_of_the_checkpoint(workshop, tmp_path, capsys):
     """onnxruntime against the model's own backbone, at a size that the tool did not check."""
     import onnxruntime
-    export_onnx.main([config_of('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx')])
+    export_onnx.main([config_of('detection'), str(workshop / 'detection.pth'), '--out', str(tmp_path / 'net.onnx'),
+                      '--part', 'backbone'])
     printed = capsys.readouterr().out
     assert all(size in printed for size in ('64×64', '97×131', '160×65'))
     cfg = Config.fromfile(config_of('detection'))
@@ -320,11 +321,11 @@ def test_exported_backbone_is_that_of_the_checkpoint(workshop, tmp_path, capsys)
     assert os.listdir(tmp_path) == ['net.onnx']
 
 
-def test_failed_export_leaves_nothing(workshop, tmp_path):
+@pytest.mark.parametrize('part', ['model', 'backbone'])
+def test_failed_export_leaves_nothing(workshop, tmp_path, part):
     with pytest.raises(SystemExit, match='error: .*at least 32'):
         export_onnx.main([config_of('classification'), str(workshop / 'classification.pth'),
-                          '--out', str(tmp_path / 'net.onnx'),
-                          '--check', '16', '16'])
+                          '--out', str(tmp_path / 'net.onnx'), '--part', part, '--check', '16', '16'])
     assert os.listdir(tmp_path) == []
 
 

@@ -162,5 +162,6 @@ class RevColViT(ColumnStack):
         """
         self.check_images(x, least=1)
         x, size = self.stem(x)
-        return tuple(feature.transpose(1, 2).unflatten(2, size).contiguous()  # (N, L, C) -> (N, C, H, W)
+        # (N, L, C) -> (N, C, H, W); unflatten would fix the size in an exported graph.
+        return tuple(feature.transpose(1, 2).reshape(feature.shape[0], self.embed_dims, *size).contiguous()
                      for feature in self.run_columns(x))

@@ -1,0 +1,6 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""Export to ONNX: whole models, and backbones alone. It needs onnx and onnxruntime, for detectors also torchvision."""
+from .backbone import export_backbone
+from .model import export_model, exported_net
+
+__all__ = ['export_backbone', 'export_model', 'exported_net']
