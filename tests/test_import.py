@@ -185,6 +185,7 @@ from revcol_mm.models.reversible import (ANCHOR_BUDGET, DRIFT_THRESHOLD, MIN_GAM
     ReversibilityError, ReversibleColumn, contiguous, couple, keep_invertible, place_anchors, run_columns, run_levels, uncouple)
 from revcol_mm.models.stack import Column, ColumnStack, Level, TokenFusion
 from revcol_mm.models.deploy import InferenceColumn
+from revcol_mm.export import export_onnx
 from revcol_mm.checkpoint import (Backbone, CheckpointError, ImportReport, PaddingReport, enable_safe_loading, export_official,
     find_backbone, import_checkpoint, load_pretrained, pad_checkpoint, pad_kernel, pad_on_load, publish_checkpoint,
     read_checkpoint, strip_training_state)

@@ -3,4 +3,6 @@
 from .backbone import export_backbone
 from .model import export_model, exported_net
 
+export_onnx = export_backbone  # its name in version 0.1
+
 __all__ = ['export_backbone', 'export_model', 'exported_net']
