@@ -16,6 +16,9 @@ SCORE, AREA = 4, 5  # rows of the tables below
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Greedy NMS: drops every box whose IoU with a kept one of higher score is above the threshold.
 
+    Boxes of equal scores are taken in the order in which mmcv takes them, which is that of torch's sort. An untrained RPN has
+    many, and with another order a training with the same seed would go another way.
+
     Args:
         boxes (Tensor): (N, 4).
         scores (Tensor): (N, ).
@@ -32,7 +35,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if boxes.dtype == torch.float32:
         # mmcv compares in single precision, torchvision with a double, for which the float32 nearest to 0.6 is above 0.6.
         iou_threshold = float(np.float32(iou_threshold))
-    return torchvision_ops().nms(boxes, scores.to(boxes.dtype), iou_threshold)
+    order = scores.sort(0, descending=True).indices  # not the stable sort, which torchvision's kernel uses
+    ranks = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
+    return order[torchvision_ops().nms(boxes[order], ranks, iou_threshold)]
 
 
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float, min_score: float, method: int,

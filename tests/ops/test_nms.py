@@ -6,6 +6,7 @@ import mmcv.ops
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,6 +112,20 @@ def test_soft_nms_takes_numpy_arrays_and_tensors_that_need_gradients():
     array_dets, array_indices = mmcv.ops.soft_nms(boxes.detach().numpy(), scores.detach().numpy())
     assert indices.tolist() == array_indices.tolist()
     np.testing.assert_array_equal(dets.detach().numpy(), array_dets)
+
+
+@pytest.mark.parametrize('number', [30, 3000])
+def test_nms_takes_equal_scores_in_the_order_of_torchs_sort_as_the_compiled_operator_does(number):
+    """mmcv sorts with ``scores.sort(0, true)``, which is not stable for many scores; torchvision's own sort is."""
+    corners = torch.rand(number, 2) * 80
+    boxes, scores = torch.cat([corners, corners + torch.rand(number, 2) * 40], 1), torch.randint(4, (number, )) / 4
+    left, expected = scores.sort(0, descending=True).indices, []
+    while len(left):
+        expected.append(left[0].item())
+        left = left[1:][torchvision.ops.box_iou(boxes[left[:1]], boxes[left[1:]])[0] <= 0.7]
+    _, kept = mmcv.ops.nms(boxes, scores, 0.7)
+    assert kept.tolist() == expected
+    assert number < 100 or expected != torchvision.ops.nms(boxes, scores, 0.7).tolist()  # the sorts differ here
 
 
 def test_batched_nms_keeps_boxes_of_different_classes_apart():
