@@ -129,7 +129,7 @@ class Plan:
             raise ValueError(f'{cfg.filename} must have a network of columns as its backbone (RevCol, RevColViT, RevColC2f), '
                              f'but has {backbone.get("type")}')
         _without_sync_bn(cfg.model)
-        self.model = build_on_meta(cfg).train()
+        self.model = build_on_meta(copy.deepcopy(cfg)).train()  # DINO changes its settings
         self.backbone: ColumnStack = self.model.backbone
         self._ways: dict[tuple[int | None, int], Way] = {}
         self._body = copy.copy(self.model)  # what extract_feat runs; heads hold tensors that cannot be copied
