@@ -14,7 +14,6 @@ SIZES = [(225, 323), (256, 256)]
 @pytest.mark.slow
 @pytest.mark.parametrize('name, bounds', [
     ('cascade_rcnn_revcol_t', dict(boxes=0.02, scores=2e-4, unmatched=0.02, masks=2e-3)),
-    ('cascade_rcnn_revcol_b', dict(boxes=0.02, scores=2e-4, unmatched=0.02, masks=2e-3)),
     ('dino_revcol_b_in22k', dict(boxes=0.02, scores=2e-4, unmatched=0.02)),
     ('upernet_revcol_t', dict(logits=1e-5)),
     ('mask2former_revcol_t', dict(labels=1e-5)),
