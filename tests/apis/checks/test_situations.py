@@ -168,7 +168,9 @@ def test_images_of_one_name_get_a_picture_each_in_detection(detector, shapes, tm
     ('detection.py', 'model.roi_head.bbox_head.num_classes=3', r'model.roi_head.bbox_head .* is 3: set num_classes=2'),
     ('detection.py', 'train_dataloader.dataset.metainfo=None', r"metainfo=dict\(classes=\('disc', 'square'\)\)"),
     ('segmentation.py', 'model.decode_head.num_classes=3', r'model.decode_head .* is 3: set num_classes=2'),
-    ('segmentation.py', 'train_dataloader.dataset.reduce_zero_label=True', 'set reduce_zero_label=False'),
+    ('segmentation.py', ' '.join(f'{loader}_dataloader.dataset.reduce_zero_label=True' for loader in ('train', 'val', 'test')),
+     'set reduce_zero_label=False'),
+    ('segmentation.py', 'val_dataloader.dataset.reduce_zero_label=True', 'but is True in val_dataloader and False in train_'),
     ('detection.py', 'runner_type=FlexibleRunner model.roi_head.mask_head.num_classes=3', r'model.roi_head.mask_head .* is 3'),
     ('classification.py', 'model.head.num_classes=5', r'model.head .* is 5: set num_classes=2'),
 ])
