@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
@@ -32,7 +32,7 @@ from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
 from ..checkpoint.safe import some
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
-from .checks.common import settings_of_leaves
+from .checks.common import class_of, settings_of_leaves
 from .checks.model import check_heads, check_sliding_window
 from .checks.report import Record
 from .checks.settings import put_classes_right
@@ -182,8 +182,7 @@ def _with_test_pipeline(cfg: Config) -> Config:
 def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequence[str] | None, list | None]:
     """Those of the checkpoint, else those of the config's data set in the order of its file, else None."""
     dataset = cfg.test_dataloader.dataset
-    with DATASETS.switch_scope_and_registry(scope) as registry:
-        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    kind = class_of(dataset, scope)
     defaults = getattr(kind, 'METAINFO', {})
     # OpenMMLab's checkpoints from before mmengine have CLASSES and PALETTE directly in their meta.
     for source in (meta.get('dataset_meta') or {}, meta):

@@ -5,8 +5,7 @@ import os
 import os.path as osp
 import tempfile
 import warnings
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
+from typing import Any, Callable, Mapping, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +92,7 @@ def write_onnx(net: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[s
             onnx.save(model, file, **(dict(save_as_external_data=True, location=f'{name}.data') if separate else {}))
             del model
             onnx.checker.check_model(file)
-            with _runner(file) as run:
-                result = check(run)
+            result = check(_runner(file))
             for entry in sorted(os.listdir(whole), reverse=True):  # the weights first
                 put_in_place(osp.join(whole, entry), osp.join(folder, entry), replace=force)
             if force and not separate and osp.exists(f'{path}.data'):  # of the file that is replaced
@@ -108,8 +106,8 @@ def write_onnx(net: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[s
     return result
 
 
-@contextmanager
-def _runner(path: str) -> Iterator[Callable]:
+def _runner(path: str) -> Callable[..., list[Tensor]]:
+    """A function that runs a file, (name=array, …) -> list of tensors."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -119,7 +117,7 @@ def _runner(path: str) -> Iterator[Callable]:
     def run(**inputs) -> list[Tensor]:
         return [torch.from_numpy(output) for output in session.run(None, inputs)]
 
-    yield run
+    return run
 
 
 def _check_domains(model) -> None:

@@ -8,13 +8,12 @@ from typing import Any, Collection, Iterator, Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS
 
 from ...checkpoint import read_checkpoint
 from ...checkpoint.loading import find_meta
 from ...checkpoint.safe import some
 from ..errors import LaunchError
-from .common import name_of, say, settings_of_leaves, warn
+from .common import class_of, name_of, say, settings_of_leaves, warn
 from .files import read_annotations
 
 CHECKPOINT = 'the checkpoint'
@@ -265,8 +264,7 @@ def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None
 
 def _kind_and_classes(dataset: Mapping, scope: str | None) -> tuple[Any, Sequence[str] | str | None]:
     """The type of a data set in a config, None if it is unknown, and the classes that its settings or its type give it."""
-    with DATASETS.switch_scope_and_registry(scope) as registry:
-        kind = registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
+    kind = class_of(dataset, scope)
     given = dict(dataset.get('metainfo') or {}, **({'classes': dataset['classes']} if dataset.get('classes') else {}))
     return kind, kind._load_metainfo(given).get('classes') if hasattr(kind, '_load_metainfo') else None
 

@@ -1,10 +1,11 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What the checks share: words for the log, the data sets inside of wrappers, and the names of types."""
 import logging
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
+from mmengine.registry import DATASETS
 
 
 def say(text: str) -> None:
@@ -24,6 +25,12 @@ def kind_of(settings: Any) -> str:
     """The name of a type in a config, without its scope: 'mmdet.CocoDataset' and the class itself are 'CocoDataset'."""
     kind = settings.get('type') if hasattr(settings, 'get') else None
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
+
+
+def class_of(dataset: Mapping, scope: str | None) -> Any:
+    """The class of a data set in a config; None if it is unknown."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        return registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
 
 
 def leaves(dataset: Any) -> Iterator[Any]:

@@ -161,7 +161,8 @@ class DataChecks:
         ignored = any(map(itemgetter('ignore_flag'), instances))
         counted = [instance for instance in instances if not instance['ignore_flag']] if ignored else instances
         record.objects = Counter(map(itemgetter('bbox_label'), counted))
-        record.empty = sum(all(instance['ignore_flag'] for instance in info['instances']) for info in infos)
+        counts = [sum(not instance['ignore_flag'] for instance in info['instances']) for info in infos]
+        record.empty = counts.count(0)
         record.ignored = self.annotated.get(path, len(instances)) - len(counted)
         record.names = {info['img_id']: osp.basename(info['img_path']) for info in infos}
         sides = chain.from_iterable([instance['bbox'] for instance in counted])
@@ -171,7 +172,7 @@ class DataChecks:
         record.areas = (small, len(areas) - small - large, large)
         if 'width' in infos[0] and 'height' in infos[0]:
             record.sizes = spread([(info['width'], info['height']) for info in infos])
-            _warn_of_far_corners(boxes, infos, path or name_of(dataset))
+            _warn_of_far_corners(boxes, counts, infos, path or name_of(dataset))
         if any(getattr(step, 'with_mask', False) for step in steps_of(dataset.pipeline)):
             maskless = sum('mask' not in instance for instance in instances)
             if maskless:
@@ -263,9 +264,8 @@ class DataChecks:
         return broken
 
 
-def _warn_of_far_corners(boxes: np.ndarray, infos: Sequence[dict], name: str) -> None:
+def _warn_of_far_corners(boxes: np.ndarray, counts: Sequence[int], infos: Sequence[dict], name: str) -> None:
     """Boxes given by two corners, read as a corner and a size, end outside of their image; mmdet takes them as they are."""
-    counts = [sum(not instance['ignore_flag'] for instance in info['instances']) for info in infos]
     sizes = np.repeat([(info['width'], info['height']) for info in infos], counts, axis=0)
     outside = int((boxes[:, 2:] > sizes + SLACK).any(axis=1).sum())
     if outside:

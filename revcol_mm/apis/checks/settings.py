@@ -7,10 +7,10 @@ import os.path as osp
 from typing import Any, Sequence
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, OPTIMIZERS
+from mmengine.registry import OPTIMIZERS
 
 from ..errors import LaunchError
-from .common import kind_of, say, settings_of_leaves
+from .common import class_of, kind_of, say, settings_of_leaves
 from .schedules import check_schedulers, count_accumulation
 
 #: Modules that mmengine's visualizer backends import, one of which is enough, by the backend's type.
@@ -83,13 +83,11 @@ def check_reduced_labels(cfg: Config) -> None:
         LaunchError: they do not.
     """
     found: dict[str, dict[bool, str]] = {}
-    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-        for loader in ('train', 'val', 'test'):
-            for dataset in settings_of_leaves((cfg.get(f'{loader}_dataloader') or {}).get('dataset')):
-                kind = registry.get(dataset['type']) if isinstance(dataset.get('type'), str) else dataset.get('type')
-                own = dataset.get('reduce_zero_label', _default(kind, 'reduce_zero_label'))
-                if own is not None:
-                    found.setdefault(kind_of(dataset), {}).setdefault(bool(own), f'{loader}_dataloader')
+    for loader in ('train', 'val', 'test'):
+        for dataset in settings_of_leaves((cfg.get(f'{loader}_dataloader') or {}).get('dataset')):
+            own = dataset.get('reduce_zero_label', _default(class_of(dataset, cfg.get('default_scope')), 'reduce_zero_label'))
+            if own is not None:
+                found.setdefault(kind_of(dataset), {}).setdefault(bool(own), f'{loader}_dataloader')
     for kind, loaders in found.items():
         if len(loaders) > 1:
             raise LaunchError(f'reduce_zero_label must be the same for every {kind}, but is True in {loaders[True]} and False '
