@@ -42,12 +42,12 @@ def spread(sizes: Collection[tuple[int, int]]) -> str:
     return f'{min(widths)}×{min(heights)} to {max(widths)}×{max(heights)}'
 
 
-def table(loaders: Mapping[str, Any], records: Mapping[int, Record]) -> str:
+def table(loaders: Mapping[str, Any], records: Mapping[Any, Record]) -> str:
     """The data sets in numbers, as text.
 
     Args:
         loaders (Mapping): data loaders by name.
-        records (Mapping[int, Record]): by the id() of a data set.
+        records (Mapping[BaseDataset, Record]): by the data set.
     """
     rows = Table(title='Data', title_justify='left')
     for column in ('loader', 'data set', 'classes', 'images', 'without objects', 'objects', 'small/medium/large', 'ignored',
@@ -55,7 +55,7 @@ def table(loaders: Mapping[str, Any], records: Mapping[int, Record]) -> str:
         rows.add_column(column, justify='left' if column in ('loader', 'data set') else 'right')
     for name, loader in loaders.items():
         for dataset in leaves(loader.dataset):
-            record = records.get(id(dataset))
+            record = records.get(dataset)
             if record is None:
                 rows.add_row(name, type(dataset).__name__, '', str(len(dataset)))
                 continue

@@ -13,6 +13,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ class DataChecks:
     def __init__(self, classes: Sequence[str] | None = None, check_all: bool = False) -> None:
         self.order = ClassOrder(classes)
         self.check_all = check_all
-        self.records: dict[int, Record] = {}
+        # Keyed by the data set itself, whose id() the next one may get when it is gone.
+        self.records: WeakKeyDictionary[BaseDataset, Record] = WeakKeyDictionary()
         self.categories: dict[str, list[dict]] = {}
         self.annotated: dict[str, int] = {}
         self._stack = contextlib.ExitStack()
@@ -134,7 +136,7 @@ class DataChecks:
         Raises:
             LaunchError: nothing is left to train on, or the classes cannot be those of the file or of the training.
         """
-        if id(dataset) in self.records:
+        if dataset in self.records:
             return
         path = osp.abspath(dataset.ann_file) if dataset.ann_file else ''
         self.order.settle(dataset, path, self.categories.get(path) if hasattr(dataset, 'cat_ids') else None)
@@ -153,7 +155,7 @@ class DataChecks:
             self._count_instances(dataset, record, path)
         elif 'gt_label' in first:
             _count_labels(dataset, record)
-        self.records[id(dataset)] = record
+        self.records[dataset] = record
 
     def _count_instances(self, dataset: BaseDataset, record: Record, path: str) -> None:
         infos = dataset.data_list
@@ -215,7 +217,7 @@ class DataChecks:
                     broken += self._check_files(dataset, name)
                     if type(dataset.pipeline) is Compose:
                         dataset.pipeline = NamingPipeline(dataset)
-            records = [self.records[id(dataset)] for dataset in datasets if id(dataset) in self.records]
+            records = [self.records[dataset] for dataset in datasets if dataset in self.records]
             check_heads(model, records, f'{name}_dataloader')
             if name == 'train':
                 check_semantic_maps(model, datasets, 'train_dataloader')
@@ -256,7 +258,7 @@ class DataChecks:
             if labels and isinstance(label_map, str) and '://' not in label_map and not any(reason for _, reason in reasons):
                 reasons.append((label_map, why_other_shape(labels.add(index, label_map), size)))
             broken += [f'{file}: {reason}' for file, reason in reasons if reason]
-        record = self.records.get(id(dataset))
+        record = self.records.get(dataset)
         if record and sizes and not record.sizes:
             record.sizes = spread(sizes) + f' ({SAMPLE} opened)' * (count > SAMPLE and not self.check_all)
         if labels and labels.seen and not broken:
