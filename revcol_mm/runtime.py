@@ -108,13 +108,33 @@ class Model:
         if not isinstance(pixels, np.ndarray) or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             shape = f'{pixels.dtype} {pixels.shape}' if isinstance(pixels, np.ndarray) else type(pixels).__name__
             raise ValueError(f'an image must be an array (H, W, 3) of uint8, RGB, but got {shape}')
-        size = pixels.shape[:2]
-        prepared = np.ascontiguousarray(self.prepare(pixels).transpose(2, 0, 1)[None])
-        if self.task == 'segmentation' and self.metadata.get('mode') == 'slide':
-            return dict(labels=self._labels(_resize_maps(self._slide(prepared), size, self.metadata['align_corners'])))
-        found = self._run(prepared, size)
+        size, inputs = pixels.shape[:2], self.inputs(pixels)
+        if self.metadata.get('mode') == 'slide':
+            return dict(labels=self._labels(_resize_maps(self._mean(inputs), size, self.metadata['align_corners'])))
+        found = self._run(inputs[0][1])
         batched = self.task != 'detection' or found['boxes'].ndim == 3
         return {name: value[0] if batched else value for name, value in found.items()}
+
+    def inputs(self, pixels: np.ndarray) -> list[tuple[tuple[slice, slice], dict[str, np.ndarray]]]:
+        """What the file gets for an image.
+
+        Args:
+            pixels (np.ndarray): the image, (H, W, 3) RGB uint8.
+
+        Returns:
+            list: of each window, its rows and columns in the resized image, and the inputs by name. Unless the model slides,
+            there is one window, the whole image.
+        """
+        prepared = self.prepare(pixels).transpose(2, 0, 1)[None]
+        sides = prepared.shape[-2:]
+        if self.metadata.get('mode') == 'slide':
+            rows, columns = (_windows(*side) for side in zip(sides, self.metadata['crop_size'], self.metadata['stride']))
+        else:
+            rows, columns = ([slice(0, side)] for side in sides)
+        size = np.array(pixels.shape[:2], np.int64)
+        windows = [(row, column) for row in rows for column in columns]
+        inputs = [dict(images=np.ascontiguousarray(prepared[..., row, column]), size=size) for row, column in windows]
+        return [(place, {name: values[name] for name in self._inputs}) for place, values in zip(windows, inputs)]
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Resizes and crops an image, (H, W, 3), as the test of the config does."""
@@ -128,24 +148,20 @@ class Model:
             pixels = _resize(pixels, _target(step, width, height), step['interpolation'], step['backend'])
         return pixels
 
-    def _run(self, images: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        inputs = dict(images=images, size=np.array(size, np.int64))
-        return dict(zip(self._outputs, self.session.run(None, {name: inputs[name] for name in self._inputs})))
+    def _run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self.session.run(None, inputs)))
 
-    def _slide(self, images: np.ndarray) -> np.ndarray:
-        """Logits of a whole image, as the mean of those of windows that overlap."""
-        total, count = None, np.zeros(images.shape[-2:], np.float32)
-        spans = [_windows(side, window, stride) for side, window, stride in
-                 zip(images.shape[-2:], self.metadata['crop_size'], self.metadata['stride'])]
-        for top, bottom in spans[0]:
-            for left, right in spans[1]:
-                window = np.ascontiguousarray(images[:, :, top:bottom, left:right])
-                logits = self._run(window, window.shape[-2:])['logits']
-                if total is None:
-                    total = np.zeros((1, logits.shape[1], *images.shape[-2:]), np.float32)
-                total[:, :, top:bottom, left:right] += logits
-                count[top:bottom, left:right] += 1
-        return total[0] / count
+    def _mean(self, inputs: list[tuple[tuple[slice, slice], dict[str, np.ndarray]]]) -> np.ndarray:
+        """Logits of a whole image, (C, H, W), as the mean of those of windows that overlap."""
+        sides = [max(place.stop for place in places) for places in zip(*(place for place, _ in inputs))]
+        total, count = None, np.zeros(sides, np.float32)
+        for place, values in inputs:
+            logits, = self._run(values)['logits']
+            if total is None:
+                total = np.zeros((len(logits), *sides), np.float32)
+            total[:, *place] += logits
+            count[place] += 1
+        return total / count
 
     def _labels(self, logits: np.ndarray) -> np.ndarray:
         if len(logits) > 1:
@@ -210,11 +226,11 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str, backe
     return cv2.resize(pixels, size, interpolation=getattr(cv2, f'INTER_{names[interpolation]}'))
 
 
-def _windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """First and last pixel of each window along one side; the last ones are moved back inside."""
+def _windows(length: int, window: int, stride: int) -> list[slice]:
+    """The windows along one side; the last ones are moved back inside."""
     count = max(length - window + stride - 1, 0) // stride + 1
     ends = [min(index * stride + window, length) for index in range(count)]
-    return [(max(end - window, 0), end) for end in ends]
+    return [slice(max(end - window, 0), end) for end in ends]
 
 
 def _resize_maps(maps: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:

@@ -1,11 +1,12 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Writing ONNX files: they are traced, checked in onnxruntime, and then renamed, so that no wrong one appears."""
+import contextlib
 import json
 import os
 import os.path as osp
 import tempfile
 import warnings
-from typing import Any, Callable, Mapping, Sequence, TypeVar
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,32 +71,50 @@ def write_onnx(net: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[s
         RuntimeError: if an operator is not one of ONNX's own.
     """
     import onnx
+    name = osp.basename(path)
+    with place_files(path, force) as whole, tempfile.TemporaryDirectory(dir=osp.dirname(whole)) as temporary:
+        file = osp.join(temporary, name)
+        with warnings.catch_warnings(), linspace_by_range(), torch.no_grad():
+            warnings.simplefilter('ignore')  # of checks of the input, which become constants
+            # The tracing exporter: the one built on torch.export refuses sizes that depend on data.
+            torch.onnx.export(net, tuple(inputs.values()), file, dynamo=False, opset_version=opset,
+                              input_names=list(inputs), output_names=list(outputs),
+                              dynamic_axes={key: dict(value) for key, value in axes.items()})
+        model = onnx.load(file)
+        check_operators(model)
+        set_metadata(model, metadata or {})
+        if half:
+            convert_to_half(model)
+        # The exporter writes one file per tensor where they exceed protobuf's 2 GB.
+        external = dict(save_as_external_data=True, location=f'{name}.data') if len(os.listdir(temporary)) > 1 else {}
+        file = osp.join(whole, name)
+        onnx.save(model, file, **external)
+        del model
+        onnx.checker.check_model(file)
+        return check(run_file(file))
+
+
+@contextlib.contextmanager
+def place_files(path: str, force: bool) -> Iterator[str]:
+    """A temporary folder for an ONNX file and its ``.data``, which move to their place at the end, unless there is an error.
+
+    Args:
+        path (str): the file; the folder must hold one of its name, and at most its ``.data`` besides.
+        force (bool): replace files that exist.
+
+    Raises:
+        CheckpointError: if they cannot be written.
+    """
     folder, name = osp.split(osp.abspath(path))
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f'.{name}.') as temporary:
-            file = osp.join(temporary, name)
-            with warnings.catch_warnings(), linspace_by_range(), torch.no_grad():
-                warnings.simplefilter('ignore')  # of checks of the input, which become constants
-                # The tracing exporter: the one built on torch.export refuses sizes that depend on data.
-                torch.onnx.export(net, tuple(inputs.values()), file, dynamo=False, opset_version=opset,
-                                  input_names=list(inputs), output_names=list(outputs),
-                                  dynamic_axes={key: dict(value) for key, value in axes.items()})
-            model = onnx.load(file)
-            _check_domains(model)
-            _describe(model, metadata or {})
-            if half:
-                convert_to_half(model)
-            whole = osp.join(temporary, 'whole')  # the exporter writes one file per tensor where they exceed protobuf's 2 GB
+            whole = osp.join(temporary, 'whole')
             os.mkdir(whole)
-            separate = len(os.listdir(temporary)) > 2
-            file = osp.join(whole, name)
-            onnx.save(model, file, **(dict(save_as_external_data=True, location=f'{name}.data') if separate else {}))
-            del model
-            onnx.checker.check_model(file)
-            result = check(_runner(file))
-            for entry in sorted(os.listdir(whole), reverse=True):  # the weights first
+            yield whole
+            entries = sorted(os.listdir(whole), reverse=True)  # the weights first
+            for entry in entries:
                 put_in_place(osp.join(whole, entry), osp.join(folder, entry), replace=force)
-            if force and not separate and osp.exists(f'{path}.data'):  # of the file that is replaced
+            if force and f'{name}.data' not in entries and osp.exists(f'{path}.data'):  # of the file that is replaced
                 os.unlink(f'{path}.data')
     except FileExistsError:
         raise CheckpointError(f'the output {path} exists now, written by another process: choose another name, or replace it '
@@ -103,10 +122,9 @@ def write_onnx(net: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[s
     except OSError as error:
         raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no part of it was kept. Make room, or '
                               'choose another folder') from None
-    return result
 
 
-def _runner(path: str) -> Callable[..., list[Tensor]]:
+def run_file(path: str) -> Callable[..., list[Tensor]]:
     """A function that runs a file, (name=array, …) -> list of tensors."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -120,15 +138,17 @@ def _runner(path: str) -> Callable[..., list[Tensor]]:
     return run
 
 
-def _check_domains(model) -> None:
+def check_operators(model) -> None:
+    """Raises RuntimeError for operators that not every runtime knows."""
     foreign = sorted({f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain not in DOMAINS})
     if foreign:
         raise RuntimeError(f"the network must consist of ONNX's own operators, but the export has {', '.join(foreign)}; "
                            'nothing was written')
 
 
-def _describe(model, metadata: Mapping[str, Any]) -> None:
+def set_metadata(model, metadata: Mapping[str, Any]) -> None:
+    """Gives an ONNX model these entries and no others; None is left out, and what is no text becomes JSON."""
+    del model.metadata_props[:]
     for key, value in metadata.items():
         if value is not None:
-            entry = model.metadata_props.add()
-            entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+            model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))

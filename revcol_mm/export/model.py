@@ -88,7 +88,8 @@ def export_model(model: nn.Module, path: str, sizes: Sequence[tuple[int, int]] =
         if net.takes_size:
             inputs['size'] = torch.tensor(original_size(TRACED))
         axes = {name: value for name, value in net.axes.items() if name in (*inputs, *net.outputs)}
-        about = dict(task=net.task, version=f'revcol_mm {__version__}', license='Apache-2.0', **net.settings)
+        about = dict(task=net.task, version=f'revcol_mm {__version__}', license='Apache-2.0',
+                     precision='float16' if half else 'float32', **net.settings)
         about.update(metadata or {})
         return write_onnx(net, inputs, net.outputs, axes, path, opset, lambda run: compare(model, net, run, sizes, half),
                           about, half, force)
@@ -132,9 +133,9 @@ def compare(model: nn.Module, net: ExportedNet, run: Callable, sizes: Sequence[t
     return deviations
 
 
-def make_images(number: int, size: tuple[int, int]) -> Tensor:
+def make_images(number: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     """Random uint8 images (number, 3, \\*size) with smooth areas and noise."""
-    generator = torch.Generator().manual_seed(sum(size))
+    generator = torch.Generator().manual_seed(sum(size) + seed)
     areas = torch.rand(number, 3, size[0] // 16 + 1, size[1] // 16 + 1, generator=generator)
     noise = torch.rand(number, 3, *size, generator=generator)
     return (F.interpolate(areas, size=size, mode='bilinear') * 192 + noise * 63).to(torch.uint8)
