@@ -1,7 +1,11 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What the tests of several folders share: paths, a small architecture, gradients, the tools as modules, narrow models."""
+import contextlib
 import gc
 import importlib.util
+import io
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Iterable
@@ -75,6 +79,19 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """``tools/{name}.py`` with these arguments, run in this process, from the root of the checkout."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            load_tool(name).main(list(arguments))
+        except SystemExit as end:  # as the interpreter does with it
+            code = end.code if isinstance(end.code, int) else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
 
 
 def build_optimizer(model: nn.Module, optimizer: dict | None = None, **paramwise) -> OptimWrapper:

@@ -172,6 +172,7 @@ def test_the_checkpoint_package_knows_no_model_and_the_engine_no_converter():
         assert room not in below or {name.split('.')[1] for name in imported if '.' in name} <= below[room], module
 
 
+@pytest.mark.slow
 def test_the_names_of_version_0_1_can_be_imported_in_a_new_process():
     """Dumped configs of finished runs and users' code hold them."""
     result = run_python("""

@@ -5,15 +5,13 @@
     python tools/get_flops.py configs/upernet_revcol_h.py --shape 640 640
 """
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
-from revcol_mm.apis.errors import LaunchError, plain_errors  # noqa: E402
+from revcol_mm.apis.errors import asking, plain_errors  # noqa: E402
 from revcol_mm.utils.flops import count, default_shape  # noqa: E402
 
 
@@ -29,14 +27,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # the heads' warnings about their losses matter only for training
-    cfg = load_config(args)
-    try:
+    with asking():
+        cfg = load_config(args)
         height, width = args.shape or default_shape(cfg)
         parts = count(cfg, (height, width))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
-        raise LaunchError(error.args[0]) from error
     rows = [(part, f'{cost.params / 1e6:,.2f}M', f'{cost.macs / 1e9:,.2f}G') for part, cost in parts.items()]
     size = max(len(part) for part in parts)
     print(f'{args.config}, one image of {height}×{width}')

@@ -5,9 +5,7 @@
     python tools/plan_memory.py configs/revcol_h_in1k_640_ft.py --batch 4 --amp bf16
 """
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
@@ -16,7 +14,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
-from revcol_mm.apis.errors import LaunchError, plain_errors  # noqa: E402
+from revcol_mm.apis.errors import asking, plain_errors  # noqa: E402
 from revcol_mm.utils.planning import Plan, gib, parse_bytes  # noqa: E402
 
 
@@ -36,15 +34,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter('ignore')  # the heads' warnings about their losses matter only for training
-    cfg = load_config(args)
-    try:
+    with asking():
         budget = parse_bytes(args.budget) if args.budget else None
-        plan = Plan(cfg, args.shape, args.batch, args.amp, args.gpus)
-        report(args, plan, budget)
-    except (ValueError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
-        raise LaunchError(error.args[0]) from error
+        report(args, Plan(load_config(args), args.shape, args.batch, args.amp, args.gpus), budget)
 
 
 def report(args: argparse.Namespace, plan: Plan, budget: int | None) -> None:

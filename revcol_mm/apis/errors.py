@@ -2,8 +2,10 @@
 """Errors that the user of a tool can remedy, and how they end a program."""
 import contextlib
 import errno
+import logging
 import sys
 import traceback
+import warnings
 from typing import Iterator
 
 from mmengine.config import Config
@@ -37,6 +39,34 @@ def plain_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or '').partition('.')[0]
         sys.exit(f'error: {error}: pip install {PACKAGES.get(package, package)}')
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """A context for tools that only ask something about a config: without log and warnings, which matter for training.
+
+    Raises:
+        LaunchError: for settings that are refused, with the reason.
+    """
+    with warnings.catch_warnings(), quiet_log():
+        warnings.simplefilter('ignore')
+        try:
+            yield
+        except LaunchError:
+            raise
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
+            raise LaunchError(error.args[0] if error.args else type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """A context in which nothing below an error is logged."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Begun(Hook):

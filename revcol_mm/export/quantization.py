@@ -1,17 +1,16 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """ONNX files whose convolutions and matrix products compute with 8-bit integers, for CPUs."""
-import contextlib
-import logging
 import os.path as osp
 import platform
 import tempfile
 import warnings
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping
+from typing import Iterable, Mapping
 
 import numpy as np
 
+from ..apis.errors import quiet_log
 from ..checkpoint.files import check_output
 from .files import check_operators, place_files, run_file, set_metadata
 
@@ -70,7 +69,7 @@ def quantize_onnx(path: str, out: str, inputs: Iterable[Mapping[str, np.ndarray]
         names = _nodes_with_weights(model)
         onnx.save(model, source, **(dict(external, location='source.onnx.data') if external else {}))
         del model
-        with warnings.catch_warnings(), _quiet_log():
+        with warnings.catch_warnings(), quiet_log():  # which recommend a preparation that does not work with free sizes
             warnings.simplefilter('ignore')
             quantize_static(source, drafted, _Reader(chain([first], rest)), QuantFormat.QDQ, list(INTEGER), per_channel=True,
                             reduce_range=not adds_without_overflow() if reduce_range is None else reduce_range,
@@ -107,13 +106,3 @@ class _Reader:
 
     def get_next(self) -> Mapping[str, np.ndarray] | None:
         return next(self.inputs, None)
-
-
-@contextlib.contextmanager
-def _quiet_log() -> Iterator[None]:
-    """onnxruntime's log recommends a preparation of the file that does not work with free sizes."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -20,7 +20,8 @@ def prepare(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: the copy. Adaptive average pooling and padding in it take their sizes from the graph.
     """
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(model).cpu().float()
+    model.eval()  # whose result is None in some of mmpretrain's backbones
     for module in list(model.modules()):
         if hasattr(module, 'switch_to_deploy'):
             module.switch_to_deploy()

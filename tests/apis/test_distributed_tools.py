@@ -29,6 +29,7 @@ def launch_two(script, *arguments, cwd):
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_two_cpu_processes_train_and_test_a_detector(workshop, tmp_path):
     config = workshop / 'detection.py'
     text = launch_two('dist_train.sh', config, 2, '--work-dir', 'work', '--auto-scale-lr', cwd=tmp_path)
@@ -62,6 +63,7 @@ def test_sharded_training_saves_one_file_that_resumes_and_tests(workshop, tmp_pa
     assert 'coco/bbox_mAP' in metrics
 
 
+@pytest.mark.slow
 def test_sharded_gradients_are_clipped_by_the_norm_of_all(workshop, tmp_path):
     launch_two('dist_train.sh', workshop / 'detection.py', 2, '--work-dir', 'work', '--cfg-options', *SHARDED,
                'optim_wrapper.optimizer.type=SGD', 'optim_wrapper.optimizer.lr=1.0', 'optim_wrapper.optimizer.weight_decay=0.0',

@@ -79,6 +79,7 @@ def test_tta_of_the_identity_alone_gives_the_plain_predictions_of_the_detector(d
         assert a['pred_instances']['masks'] == b['pred_instances']['masks']
 
 
+@pytest.mark.slow
 def test_the_tool_of_mmdet_runs_the_same_config(workshop, tmp_path):
     # It has no fallback for machines without a GPU: the config must not ask for mixed precision.
     result = run(Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py', workshop / 'detection.py', '--work-dir', tmp_path,
@@ -95,6 +96,7 @@ def test_a_segmentor_trains_and_is_tested_plain_and_with_tta(workshop, tmp_path)
     assert 'mIoU' in test.test([config, 'work/iter_2.pth', '--work-dir', 'work', '--tta'])
 
 
+@pytest.mark.slow
 def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterrupted_run(workshop, tmp_path):
     config = str(workshop / 'classification.py')
     killed = subprocess.Popen([sys.executable, TRAIN, config, '--work-dir', 'killed', '--cfg-options',

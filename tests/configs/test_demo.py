@@ -43,7 +43,7 @@ def scores(folder):
     pytest.param('htc_revcol_nano', {'coco/bbox_mAP', 'coco/segm_mAP'}, marks=pytest.mark.slow),
     pytest.param('dino_revcol_nano', {'coco/bbox_mAP'}, marks=pytest.mark.slow),
     pytest.param('mask_rcnn_revcol_vit', {'coco/bbox_mAP', 'coco/segm_mAP'}, marks=pytest.mark.slow),
-    ('upernet_revcol_nano', {'mIoU'}),
+    pytest.param('upernet_revcol_nano', {'mIoU'}, marks=pytest.mark.slow),
     pytest.param('mask2former_revcol_nano', {'mIoU'}, marks=pytest.mark.slow),
 ])
 def test_every_head_trains_and_is_tested_on_the_digits(folder, head, metrics):
@@ -61,6 +61,7 @@ def test_every_head_trains_and_is_tested_on_the_digits(folder, head, metrics):
     assert len([path for path in (work_dir / 'pictures').rglob('*') if path.suffix in ('.jpg', '.png')]) == 4
 
 
+@pytest.mark.slow
 def test_a_classifier_with_supervision_trains_and_each_head_is_scored_plain_and_with_tta(folder):
     config, work_dir = DEMO / 'revcol_nano_digits_cls.py', folder / 'cls'  # 85 iterations of 64 crops
     run(folder, 'train.py', config, '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_epochs=1',

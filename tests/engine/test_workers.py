@@ -67,8 +67,9 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='Linux signals the death of a parent')
-@pytest.mark.parametrize('start_method', ['fork', pytest.param('spawn', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('start_method', ['fork', 'spawn'])
 def test_the_workers_of_a_killed_training_end(tmp_path, start_method):
     (tmp_path / 'config.py').write_text(CONFIG + f"""
 train_dataloader.update(num_workers=2, dataset=dict(type='DrillImages', large=True))

@@ -449,6 +449,7 @@ def _sentences(count, generator):
     return tokens, padding, tokens.gather(1, (lengths - 1 - places).clamp_min(0))
 
 
+@pytest.mark.slow
 def test_learns_to_reverse_sequences_of_any_length():
     """Positions count from the front, so that the end has to be found through the padding mask."""
     losses = {True: [], False: []}

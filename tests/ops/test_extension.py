@@ -204,6 +204,7 @@ def test_a_compiled_extension_that_does_not_load_is_named_with_both_ways_out(run
     assert 'pip install mmcv-lite' in warning and '--no-build-isolation mmcv' in warning
 
 
+@pytest.mark.slow
 def test_a_compiled_extension_that_loads_but_misreads_tensors_is_replaced_though_mmcv_ops_was_imported_before(run_with):
     """mmcv built for torch 2.12 loads beside torch 2.14, and takes tensors on the CPU for tensors on a GPU."""
     done = run_with("""
@@ -223,6 +224,7 @@ def test_a_compiled_extension_that_loads_but_misreads_tensors_is_replaced_though
     assert 'do not work beside torch' in done.stderr and 'device cuda:0 not found' in done.stderr
 
 
+@pytest.mark.slow
 def test_a_compiled_extension_that_loads_is_used(run_with):
     run_with("""
         import sys

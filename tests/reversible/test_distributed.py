@@ -92,8 +92,8 @@ def compare(net, start, state, tolerance) -> None:
 
 
 @pytest.mark.parametrize('wrap, stored_columns', [
-    ('ddp', 0), ('ddp_unused', 0), ('ddp_static', 0), ('fsdp', 0), ('fsdp_columns', 0), ('fully_shard', 0), ('ddp_static', 1),
-    ('fsdp_columns', 2), ('fully_shard', 1)])
+    ('ddp', 0), ('fsdp_columns', 2), ('fully_shard', 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ('ddp_unused', 0), ('ddp_static', 0), ('fsdp', 0), ('fsdp_columns', 0), ('fully_shard', 0), ('ddp_static', 1)])])
 def test_two_processes_train_as_one(wrap, stored_columns, tmp_path):
     steps = 2
     mp.spawn(train, (wrap, steps, str(tmp_path), False, stored_columns), nprocs=2)
@@ -118,7 +118,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize('wrap', ['ddp', 'fsdp_columns', 'fully_shard'])
+@pytest.mark.parametrize('wrap', [pytest.param('ddp', marks=pytest.mark.slow), 'fsdp_columns',
+                                  pytest.param('fully_shard', marks=pytest.mark.slow)])
 def test_autocast_on_two_processes(wrap, one_thread, tmp_path):
     # Both see the same images here: bfloat16 sums of two halves would round differently.
     mp.spawn(train, (wrap, 1, str(tmp_path), True), nprocs=2)

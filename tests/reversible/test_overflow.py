@@ -116,6 +116,7 @@ def step_of_a_process(rank, folder) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_an_overflow_in_one_process_makes_both_skip_the_step(tmp_path):
     mp.spawn(step_of_a_process, (str(tmp_path), ), nprocs=2)
     results = [torch.load(tmp_path / f'result{rank}.pt', weights_only=True) for rank in range(2)]

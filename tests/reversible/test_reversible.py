@@ -102,6 +102,7 @@ class TestExact:
     def test_gradients_are_those_of_plain_autograd_at_real_widths(self, arch, gamma):
         assert compare(build(arch, gamma, layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
 
+    @pytest.mark.slow
     def test_at_64_columns_the_error_is_that_of_float32_itself(self):
         ours, plain = [], []
         for seed in range(8):
@@ -446,6 +447,7 @@ class TestComplete:
         ours, theirs = (module.subnet2.level1.blocks[0].pwconv1.weight.grad for module in (net, plain))
         assert torch.allclose(ours, 3 * theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
+    @pytest.mark.slow
     def test_a_compiled_network_trains_reversibly(self):
         net = build(gamma=0.5, layer_scale=True)
         image = torch.randn(1, 3, 64, 64)

@@ -1,8 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Parameters and multiply-adds: the paper's tables, mmengine's counter, and arithmetic by hand."""
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from unittest import mock
 
@@ -14,7 +11,7 @@ from torch import nn
 
 from revcol_mm.utils.configs import config_path
 from revcol_mm.utils.flops import build_on_meta, count, count_model
-from tests.common import ROOT
+from tests.common import run_tool
 
 # config: parameters in M, FLOPs in G (None: not printed), tables 2 and 3 of the paper, and of the ConvNeXt paper
 CONVNEXT_T = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
@@ -166,13 +163,8 @@ def test_a_shape_that_is_none_is_refused(shape):
         count(load('mask_rcnn_revcol_t'), shape)
 
 
-def run_tool(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / 'tools/get_flops.py', *args], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
-
-
 def test_the_tool_prints_a_line_per_part():
-    done = run_tool('configs/mask_rcnn_revcol_t.py', '--shape', '64', '64')
+    done = run_tool('get_flops', 'configs/mask_rcnn_revcol_t.py', '--shape', '64', '64')
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[-7:-1]] == [
         'backbone', 'neck', 'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head', 'total']
@@ -183,6 +175,6 @@ def test_the_tool_prints_a_line_per_part():
     (('configs/none.py', ), 'no config configs/none.py'),
     (('configs/mask_rcnn_revcol_t.py', '--cfg-options', 'model.backbone.arch=giant'), "but got 'giant'")])
 def test_the_tool_says_what_is_wrong_in_one_line(args, sentence):
-    done = run_tool(*args)
+    done = run_tool('get_flops', *args)
     assert done.returncode == 1
     assert done.stderr.startswith('error: ') and sentence in done.stderr and len(done.stderr.splitlines()) == 1

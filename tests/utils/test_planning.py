@@ -1,8 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The plan of a training's memory: against a real step of a narrow detector, and against arithmetic by hand."""
-import os
-import subprocess
-import sys
 from functools import lru_cache
 from unittest import mock
 
@@ -14,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from revcol_mm.utils import planning
 from revcol_mm.utils.memory import count_step
 from revcol_mm.utils.planning import Plan, parse_bytes
-from tests.common import ROOT, live_bytes, load_config, narrow
+from tests.common import live_bytes, load_config, narrow, run_tool
 
 CONFIG = 'mask_rcnn_revcol_t'
 SHAPE = (128, 192)
@@ -165,15 +162,10 @@ class TestArguments:
         assert Plan(config('upernet_revcol_t'), amp='bf16').autocast is torch.bfloat16
 
 
-def run_tool(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / 'tools/plan_memory.py', *args], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
-
-
 def test_the_tool_names_what_to_set(tmp_path):
     path = tmp_path / 'narrow.py'
     config().dump(path)
-    done = run_tool(str(path), '--shape', '64', '96', '--batch', '1', '--budget', '1GiB')
+    done = run_tool('plan_memory', str(path), '--shape', '64', '96', '--batch', '1', '--budget', '1GiB')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split('  ')[1] for line in lines if ' stored' in line] == [f'reversible, {k} stored' for k in (0, 1, 2)]
@@ -185,7 +177,7 @@ def test_the_tool_names_what_to_set(tmp_path):
     ((f'configs/{CONFIG}.py', '--budget', '24'), 'a budget must be a number above 0 with a unit'),
     (('configs/none.py', ), 'no config configs/none.py')])
 def test_the_tool_says_what_is_wrong_in_one_line(args, sentence):
-    done = run_tool(*args)
+    done = run_tool('plan_memory', *args)
     assert done.returncode == 1
     assert done.stderr.startswith('error: ') and sentence in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -193,7 +185,7 @@ def test_the_tool_says_what_is_wrong_in_one_line(args, sentence):
 def test_another_backbone_is_refused(tmp_path):
     path = tmp_path / 'resnet.py'
     path.write_text("_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'\ncustom_imports = dict(imports=['revcol_mm'])\n")
-    done = run_tool(str(path))
+    done = run_tool('plan_memory', str(path))
     assert done.returncode == 1
     assert done.stderr.startswith('error: ') and 'must have a network of columns as its backbone' in done.stderr
     assert 'but has ResNet' in done.stderr
