@@ -1,4 +1,4 @@
-# Ablation: RevCol-T trained without intermediate supervision (table 7), with one classifier on the last column.
+# RevCol-T without intermediate supervision (table 7), with one classifier on the last column: 81.4 top-1 in the paper.
 _base_ = 'revcol_t_in1k.py'
 
 model = dict(

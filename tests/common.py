@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,7 @@ def load_config(name: str) -> Config:
 def narrow(cfg: Config) -> Config:
     """The one rule: an eighth of every width, and four columns; kernels, blocks, paths and heads as they are.
 
+    Attention has fewer heads where the narrow width is no multiple of their number.
     DINO's transformer keeps its width: mmdet's position encoding of the decoder is written for 256 channels.
     """
     model = cfg.model
@@ -120,7 +122,11 @@ def narrow(cfg: Config) -> Config:
     if isinstance(model.backbone.arch, str):
         name = backbone.ALIASES.get(model.backbone.arch, model.backbone.arch)
         model.backbone.arch = {key: value for key, value in backbone.ARCHS[name].items()}
-    model.backbone.arch.num_columns = min(model.backbone.arch.num_columns, COLUMNS)
+    arch = model.backbone.arch
+    if 'num_columns' in arch:
+        arch.num_columns = min(arch.num_columns, COLUMNS)
+    if 'num_heads' in arch:
+        arch.num_heads = math.gcd(arch.num_heads, arch.embed_dims // SHRINK)
     if model.type == 'DINO':
         divide_widths(model.backbone)
         model.neck.in_channels = [width // SHRINK for width in model.neck.in_channels]

@@ -16,9 +16,10 @@ that keeps sums off the edge between two numbers. Where the product of 1/|γ| al
 :data:`ANCHOR_BUDGET`, the stream of a column is kept: it is an *anchor*.
 
 **Check.** The first column has no shortcut, so its rebuilt features are compared with the recomputed ones in every backward
-pass. The rebuilt features at each anchor are compared with the anchor, and those of the last frozen column with what was kept
-of them. Two things are not checked: a backward pass that ends before any of these (``torch.autograd.grad`` for parameters of
-late columns only), and an error of the recomputed F that is smaller than the threshold.
+pass. The rebuilt features at each anchor are compared with the anchor, and features that came from outside of the pass, such
+as those of the last frozen column, with what was kept of them. Two things are not checked: a backward pass that ends before
+any of these (``torch.autograd.grad`` for parameters of late columns only), and an error of the recomputed F that is smaller
+than the threshold.
 """
 import math
 from contextlib import contextmanager
@@ -51,8 +52,8 @@ def run_reversibly(columns: Sequence[ReversibleColumn], x: Tensor, p: Sequence[T
     Args:
         columns (Sequence[ReversibleColumn]): the stack, in order.
         x (Tensor): the stem's output.
-        p (Sequence[Tensor] | None): features of the (frozen) column before the stack. Default: None, for a stack that starts
-            with the first column.
+        p (Sequence[Tensor] | None): features of the column before the stack, for example of a frozen one. They are kept.
+            Default: None, for a stack that starts with the first column.
         outputs (Sequence[tuple[int, int]] | None): (column, level) of each feature to return. Features of inner columns have
             exact gradients too, and are not stored either. Columns behind the last one named do not run. Default: None, all
             levels of the last column.
@@ -208,7 +209,7 @@ class _Column(torch.autograd.Function):
         frozen = bool(p) and not any(ctx.needs_input_grad[4:4 + len(p)])
         ctx.ends_pass = frozen or ctx.trained_index == 0
         # An anchor is the float64 stream, because the column before cannot be rebuilt from the rounded stream.
-        anchor = p if frozen else p_stream if ctx.trained_index - 1 in call.anchors else ()
+        anchor = p if frozen or not state.stream else p_stream if ctx.trained_index - 1 in call.anchors else ()
         y: list[Tensor] = []
         y_stream: list[Tensor] = []
         ctx.random: list[_RandomState | None] = []

@@ -51,11 +51,14 @@ def keep_invertible(gamma: Tensor) -> Tensor:
 
 def run_levels(column: nn.Module, gammas: Iterable[Tensor | None], x: Tensor, p: Sequence[Tensor] | None,
                context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
-    """The forward equation in one precision, for plain autograd and for inference: y[0 … L-1] from x, p and γ."""
+    """The forward equation in one precision, for plain autograd and for inference: y[0 … L-1] from x, p and γ.
+
+    A γ of None stands for a level without a shortcut: y[l] = F[l](…).
+    """
     y: list[Tensor] = []
     for index, (level, gamma) in enumerate(zip(column.levels, gammas)):
         f = level(*level_inputs(index, column.above[index], x, y, p), **(context or {}))
-        y.append(f if column.first else couple(f, gamma, p[index]))
+        y.append(f if gamma is None else couple(f, gamma, p[index]))
     return tuple(y)
 
 

@@ -128,6 +128,9 @@ class Plan:
         if not (isinstance(kind, type) and issubclass(kind, ColumnStack)):
             raise ValueError(f'{cfg.filename} must have a network of columns as its backbone (RevCol, RevColViT, RevColC2f), '
                              f'but has {backbone.get("type")}')
+        if not kind.INVERTIBLE:
+            raise ValueError(f'{cfg.filename} must have a backbone that can be trained reversibly, but has {kind.__name__}, '
+                             'whose columns have no inverse')
         _without_sync_bn(cfg.model)
         self.model = build_on_meta(copy.deepcopy(cfg)).train()  # DINO changes its settings
         self.backbone: ColumnStack = self.model.backbone

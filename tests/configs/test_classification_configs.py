@@ -16,7 +16,9 @@ SETTINGS = {
     'revcol_t_in1k': ((1e-3, 1e-5, 1e-6), 4096, 300, 20, 0.05, 1.0, 0.1, None, 0.9999, 0.8, None, 224),
     'revcol_t_in1k_no_supervision': ((1e-3, 1e-5, 1e-6), 4096, 300, 20, 0.05, 1.0, 0.1, None, 0.9999, 0.8, None, 224),
     'revcol_s_in1k': ((1e-3, 1e-5, 1e-6), 4096, 300, 20, 0.05, 1.0, 0.3, None, 0.9999, 0.8, None, 224),
+    'revcol_s_in1k_no_supervision': ((1e-3, 1e-5, 1e-6), 4096, 300, 20, 0.05, 1.0, 0.3, None, 0.9999, 0.8, None, 224),
     'revcol_b_in1k': ((1e-3, 1e-5, 1e-8), 4096, 300, 20, 0.05, 1.0, 0.4, 5.0, 0.9999, 0.8, None, 224),
+    'revcol_b_in1k_no_supervision': ((1e-3, 1e-5, 1e-8), 4096, 300, 20, 0.05, 1.0, 0.4, 5.0, 0.9999, 0.8, None, 224),
     'revcol_b_in22k': ((1.25e-4, 1e-5, 1e-7), 4096, 90, 5, 0.1, 1.0, 0.3, 10.0, None, 0.8, None, 224),
     'revcol_l_in22k': ((1.25e-4, 1e-5, 1e-7), 4096, 90, 5, 0.1, 1.0, 0.3, 10.0, None, 0.8, None, 224),
     'revcol_xl_in22k': ((1.25e-4, 1e-5, 1e-7), 4096, 90, 5, 0.1, 1.0, 0.4, 10.0, None, 0.8, None, 224),
@@ -38,6 +40,25 @@ TABLE_1 = {
     'revcol_l_in1k_384_ft': (273e6, 116e9),
     'revcol_xl_in1k_384_ft': (834e6, 350e9),
     'revcol_h_in1k_640_ft': (2150e6, 2537e9),
+}
+
+# The ablations, and the config whose training they share. Widths and depths are chosen here by the rule in docs/paper.md.
+ABLATIONS = {
+    **{f'revcol_4g5_col{columns}_in1k': 'revcol_t_in1k' for columns in (1, 8, 12, 20)},
+    'revcol_t_col12_in1k': 'revcol_t_in1k', 'revcol_t_col16_in1k': 'revcol_t_in1k',
+    'hrnet_columns_in1k': 'revcol_t_in1k', 'revnet_convnext_in1k': 'revcol_t_in1k',
+    **{f'revcol_vit_b_col{columns}_in1k': 'revcol_vit_b_in1k' for columns in (1, 2, 4, 8)},
+}
+
+# Columns, parameters and multiply-adds that tables 5 and 6 print.
+TABLES_5_AND_6 = {
+    'revcol_4g5_col1_in1k': (1, 28e6, 4.4e9),
+    'revcol_t_in1k': (4, 30e6, 4.5e9),
+    'revcol_4g5_col8_in1k': (8, 34e6, 4.7e9),
+    'revcol_4g5_col12_in1k': (12, 33e6, 4.4e9),
+    'revcol_4g5_col20_in1k': (20, 35e6, 4.2e9),
+    'hrnet_columns_in1k': (4, 35e6, 4.9e9),
+    'revnet_convnext_in1k': (1, 34e6, 4.5e9),
 }
 
 
@@ -133,7 +154,7 @@ def test_evaluation_crops_at_224_and_takes_the_whole_image_above(name):
         assert resize.interpolation == 'bicubic'
 
 
-@every([name for name in SETTINGS if name.endswith('in1k') or name.endswith('22k')])
+@every([name for name in SETTINGS if name.endswith(('in1k', '22k'))])
 def test_training_from_scratch_supervises_inner_columns(name):
     model = flops.build_on_meta(read(name))
     assert type(model).__name__ == 'IntermediateSupervisionClassifier'
@@ -155,3 +176,44 @@ def test_parameters_and_flops_are_those_of_table_1(name):
     # The backbone alone: T's and S's printed figures fit without the classifier, and for the others it is 0.5 % at most.
     assert cost['backbone'].params == pytest.approx(params, rel=0.01)
     assert cost['total'].macs == pytest.approx(macs, rel=0.01)
+
+
+@every(ABLATIONS)
+def test_ablations_are_trained_as_the_network_that_they_vary(name):
+    cfg, base = read(name), read(ABLATIONS[name])
+    for key in ('optim_wrapper', 'param_scheduler', 'train_cfg', 'train_dataloader', 'auto_scale_lr', 'custom_hooks'):
+        assert cfg[key] == base[key], key
+    assert cfg.model.train_cfg == base.model.train_cfg
+    # Intermediate supervision, except for a single column and for ViT blocks.
+    single = flops.build_on_meta(cfg).backbone.num_columns == 1
+    assert cfg.model.type == ('ImageClassifier' if single else base.model.type)
+
+
+@every(TABLES_5_AND_6)
+def test_parameters_and_flops_are_those_of_tables_5_and_6_within_three_percent(name):
+    columns, params, macs = TABLES_5_AND_6[name]
+    cfg = read(name)
+    cost = flops.count(cfg)
+    assert cost['backbone'].params == pytest.approx(params, rel=0.03)
+    assert cost['total'].macs == pytest.approx(macs, rel=0.03)
+    assert flops.build_on_meta(cfg).backbone.num_columns == columns
+
+
+@pytest.mark.parametrize('name,columns', [('revcol_t_col12_in1k', 12), ('revcol_t_col16_in1k', 16)])
+def test_figure_3_adds_columns_of_one_size(name, columns):
+    def macs(name):
+        return flops.count(read(name))['backbone'].macs
+
+    one = (macs('revcol_s_in1k') - macs('revcol_t_in1k')) / 4
+    assert macs(name) == macs('revcol_t_in1k') + (columns - 4) * one
+    assert one == pytest.approx(1.12e9, rel=0.03)  # table 5
+
+
+@pytest.mark.parametrize('columns,error', [(1, 0.03), (2, 0.03), (4, 0.03), (8, 0.075)])
+def test_figure_6_has_32_blocks_of_one_width_at_about_18_gflops(columns, error):
+    cfg = read(f'revcol_vit_b_col{columns}_in1k')
+    backbone = flops.build_on_meta(cfg).backbone
+    assert (backbone.num_columns, sum(backbone.depths)) == (columns, 32 // columns)
+    assert backbone.embed_dims == 464
+    # More columns have more fusions, 10 % of the FLOPs from one to eight: one width cannot give all four the same FLOPs.
+    assert flops.count(cfg)['total'].macs == pytest.approx(18e9, rel=error)

@@ -21,7 +21,10 @@ TASKS = {'mmdet': 'Object Detection', 'mmseg': 'Semantic Segmentation', 'mmpretr
 PAPER = dict(
     revcol_t_in1k=[82.2], revcol_s_in1k=[83.5], revcol_b_in1k=[84.1], revcol_b_in1k_224_ft=[85.6], revcol_l_in1k_224_ft=[86.6],
     revcol_b_in1k_384_ft=[86.7], revcol_l_in1k_384_ft=[87.6], revcol_xl_in1k_384_ft=[88.2], revcol_h_in1k_640_ft=[90.0],
+    revcol_t_in1k_no_supervision=[81.4], revcol_s_in1k_no_supervision=[83.0], revcol_b_in1k_no_supervision=[83.2],
     revcol_vit_s_in1k=[80.6], revcol_vit_b_in1k=[82.7],
+    revcol_4g5_col1_in1k=[81.9], revcol_4g5_col8_in1k=[82.3], revcol_4g5_col12_in1k=[82.2], revcol_4g5_col20_in1k=[81.0],
+    hrnet_columns_in1k=[78.8], revnet_convnext_in1k=[81.6],
     cascade_rcnn_revcol_t=[50.6, 43.8], cascade_rcnn_revcol_s=[52.6, 45.5], cascade_rcnn_revcol_b=[53.0, 45.9],
     cascade_rcnn_revcol_b_in22k=[55.0, 47.5], cascade_rcnn_revcol_l_in22k=[55.9, 48.4],
     cascade_rcnn_revcol_t_1x=[48.8, 42.2], cascade_rcnn_revcol_s_1x=[51.1, 43.8], cascade_rcnn_revcol_b_1x=[51.6, 44.2],

@@ -33,6 +33,16 @@ class Level(nn.Module):
         return x
 
 
+def build_levels(depths: Sequence[int], fusion: Callable[[int, tuple[int, ...]], nn.Module],
+                 block: Callable[[int, int], nn.Module], above: Sequence[tuple[int, ...]]) -> list[Level]:
+    """Builds the levels of a column; see :class:`Column` for the arguments."""
+    levels, start = [], 0
+    for level, depth in enumerate(depths):
+        levels.append(Level(fusion(level, above[level]), [block(level, index) for index in range(start, start + depth)]))
+        start += depth
+    return levels
+
+
 class Column(ReversibleColumn):
     """A column that is made of fusions and blocks. To use other fusions or blocks, pass other functions here.
 
@@ -53,11 +63,7 @@ class Column(ReversibleColumn):
                  above: Sequence[tuple[int, ...]] | None = None) -> None:
         if above is None:
             above = [(level + 1, ) for level in range(len(depths) - 1)] + [()]
-        levels, start = [], 0
-        for level, depth in enumerate(depths):
-            blocks = [block(level, index) for index in range(start, start + depth)]
-            levels.append(Level(fusion(level, () if first else above[level]), blocks))
-            start += depth
+        levels = build_levels(depths, fusion, block, [()] * len(depths) if first else above)
         super().__init__(levels, gamma_shapes, above, first)
 
 
@@ -107,6 +113,8 @@ class ColumnStack(BaseModule):
     #: Keys of an architecture, each with the length of its sequence of positive integers (None: a single integer); options.
     ARCH_KEYS: dict[str, int | None] = dict(channels=4, depths=4, num_columns=None)
     ARCH_OPTIONS: dict[str, Any] = {}
+    #: Whether the columns have an inverse, without which they cannot be trained reversibly.
+    INVERTIBLE = True
 
     def __init__(self, depths: Sequence[int], num_columns: int, out_indices: Sequence[int], frozen_stages: int = -1,
                  reversible: bool = False, drift_threshold: float | None = None, on_drift: str = 'raise',
@@ -122,6 +130,9 @@ class ColumnStack(BaseModule):
                              f'{num_columns} (the stem and these columns), but got {frozen_stages!r}')
         if not isinstance(stored_columns, int) or isinstance(stored_columns, bool) or stored_columns < 0:
             raise ValueError(f'stored_columns must be a number of columns, 0 or more, but got {stored_columns!r}')
+        if reversible and not self.INVERTIBLE:
+            raise ValueError(f'reversible must be False for {type(self).__name__}, because its columns have no inverse, but '
+                             f'got {reversible!r}: with_cp=True stores less than plain training')
         if reversible and with_cp and not stored_columns:
             raise ValueError('only one of reversible and with_cp can be True, unless stored_columns is at least 1: reversible '
                              'training already rebuilds what with_cp recomputes, and it stores less')
@@ -151,7 +162,7 @@ class ColumnStack(BaseModule):
             arch[key] = arch[key] if count is None else values
         return arch
 
-    def add_columns(self, build: Callable[[bool], ReversibleColumn]) -> None:
+    def add_columns(self, build: Callable[[bool], nn.Module]) -> None:
         """Adds ``build(first)`` for every column, as ``subnet{i}``."""
         for index in range(self.num_columns):
             self.add_module(f'subnet{index}', build(index == 0))
@@ -169,7 +180,7 @@ class ColumnStack(BaseModule):
         return torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist()
 
     @property
-    def columns(self) -> list[ReversibleColumn]:
+    def columns(self) -> list[nn.Module]:
         """The columns, from the first to the last."""
         return [self._modules[f'subnet{index}'] for index in range(self.num_columns)]
 

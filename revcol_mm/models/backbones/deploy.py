@@ -12,20 +12,22 @@ from ...reversible import ReversibleColumn, keep_invertible, run_levels
 
 
 class InferenceColumn(nn.Module):
-    """A :class:`ReversibleColumn` for inference only: its γ are constants, already kept invertible.
+    """A column for inference only: its γ are constants, already kept invertible.
 
     Args:
-        column (ReversibleColumn): the column, whose levels are taken over and whose γ are copied. The names stay the same:
-            ``level{l}``, and ``alpha{l}`` for buffers with γ. The first column's γ, which have no effect, are removed.
+        column (nn.Module): a :class:`ReversibleColumn`, or a column whose ``gammas`` are None because it has no shortcuts. Its
+            levels are taken over and its γ are copied. The names stay the same: ``level{l}``, and ``alpha{l}`` for buffers with
+            γ. The first column's γ, which have no effect, are removed.
     """
 
-    def __init__(self, column: ReversibleColumn) -> None:
+    def __init__(self, column: nn.Module) -> None:
         super().__init__()
         self.first, self.num_levels, self.above = column.first, column.num_levels, column.above
         for index, level in enumerate(column.levels):
             self.add_module(f'level{index}', level)
-            if not self.first:
-                self.register_buffer(f'alpha{index}', keep_invertible(column.gammas[index].detach()).clone())
+            gamma = None if self.first else column.gammas[index]
+            if gamma is not None:
+                self.register_buffer(f'alpha{index}', keep_invertible(gamma.detach()).clone())
         self.eval()
 
     levels = ReversibleColumn.levels

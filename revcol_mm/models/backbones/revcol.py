@@ -1,6 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """RevCol: reversible columns of ConvNeXt blocks (ICLR 2023, https://arxiv.org/abs/2212.11696, section 2.2, appendix A)."""
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -124,9 +124,8 @@ class RevCol(ColumnStack):
 
         self.stem = patch_norm(in_channels, self.channels[0], 4)
         rates = self.drop_path_rates(drop_path_rate)
-        self.add_columns(lambda first: Column(
-            self.depths, [(1, width, 1, 1) for width in self.channels], first=first,
-            fusion=lambda level, above: Fusion(self.channels, level, above),
+        self.add_columns(lambda first: self.build_column(
+            first,
             block=lambda level, index: ConvNeXtBlock(self.channels[level], kernel_size, rates[index], layer_scale_init_value),
             above=[(1, 3) if arch['deep_to_shallow'] else (1, ), (2, ), (3, ), ()]))
         if out_norm_cfg is not None:
@@ -138,6 +137,11 @@ class RevCol(ColumnStack):
             self.register_load_state_dict_pre_hook(pad_on_load)
         self.register_load_state_dict_pre_hook(check_folding)
         self.freeze_stages()
+
+    def build_column(self, first: bool, block: Callable[[int, int], nn.Module], above: Sequence[tuple[int, ...]]) -> nn.Module:
+        """Builds a column; see :class:`~.base.Column` for the arguments."""
+        return Column(self.depths, [(1, width, 1, 1) for width in self.channels], first=first, block=block, above=above,
+                      fusion=lambda level, above: Fusion(self.channels, level, above))
 
     def forward(self, x: Tensor, outputs: Sequence[tuple[int, int]] | None = None) -> tuple[Tensor, ...]:
         """Returns features of the last column, or of any column.
