@@ -65,9 +65,9 @@ def check_target(inferencer, target: str | None, box: Sequence[float] | None) ->
     model = type(inferencer.model).__name__
     if target is not None and target not in TARGETS[kind]:
         allowed = ' or '.join(TARGETS[kind]) or 'left out'
-        raise ValueError(f'the target of a {model} must be {allowed}, but got {target!r}')
+        raise ValueError(f'the target must be {allowed} for {model}, but got {target!r}')
     if box is not None and kind != 'DetInferencer':
-        raise ValueError(f'a box must be left out, because a {model} predicts no boxes, but got {tuple(box)}')
+        raise ValueError(f'the box must be left out, because {model} predicts no boxes, but got {tuple(box)}')
     if target == 'mask' and not _mask_heads(inferencer.model):
         raise ValueError(f"the target 'mask' needs a detector with mask heads, but the config's {model} has none")
 

@@ -88,7 +88,9 @@ def test_the_explained_score_is_that_of_the_prediction_and_its_maps_are_there(he
     columns = inferencer.model.backbone.num_columns
     assert found.maps.shape == (4, columns, *found.image.shape[:2])
     assert found.maps.min() >= 0 and found.maps.max() == 1 and np.isfinite(found.maps).all()
-    assert (found.maps.max((2, 3)) > 0).mean() >= 0.75  # a map of a few positions may be 0 everywhere
+    # The box's score reads one level of the ViT's pyramid, and so 6 of the 12 features: that level of the last column, the
+    # level above it in the column before, and so on.
+    assert (found.maps.max((2, 3)) > 0).mean() >= 0.5
     if labels is not None:
         assert found.label == np.bincount(labels.flatten()).argmax()
     elif 'bbox' in results[0]:
@@ -170,7 +172,7 @@ def test_the_labels_of_a_detection_or_segmentation_set_are_counts_or_areas(here,
 
 
 def test_memory_counts_what_a_step_of_the_backbone_keeps(here, tmp_path, capsys):
-    run('memory', config_of('plain_classifier'), '--shape', '64', '64', '--batch', '2', '--columns', '4', '2', '--out', tmp_path)
+    run('memory', config_of('plain_classifier'), '--shape', 64, 64, '--batch', 2, '--columns', 4, 2, '--out', tmp_path)
     found = json.loads((tmp_path / 'memory.json').read_text())
     assert (tmp_path / 'memory.png').is_file() and [row['columns'] for row in found['bytes']] == [2, 4]
     for row in found['bytes']:
@@ -203,17 +205,18 @@ def test_a_config_without_columns_is_refused(here, tmp_path, command):
 def test_a_class_that_does_not_exist_is_refused(here, tmp_path):
     text = sentence('layercam', config_of('upernet'), checkpoint_of(here, 'upernet'), image_of(here), '--out', tmp_path,
                     '--class', '11')
-    assert "the class must be one of 0, 1, 2" in text and "but got '11'" in text
+    assert 'the class must be one of 0, 1, 2' in text and "but got '11'" in text
 
 
 @pytest.mark.parametrize('name, options, expected', [
-    ('classifier', ['--target', 'pixel'], "the target of a IntermediateSupervisionClassifier must be left out, but got 'pixel'"),
-    ('upernet', ['--target', 'box'], "the target of a EncoderDecoder must be pixel, but got 'box'"),
-    ('upernet', ['--box', '0', '0', '9', '9'], 'a box must be left out, because a EncoderDecoder predicts no boxes'),
+    ('plain_classifier', ['--target', 'pixel'], "the target must be left out for ImageClassifier, but got 'pixel'"),
+    ('upernet', ['--target', 'box'], "the target must be pixel for EncoderDecoder, but got 'box'"),
+    ('upernet', ['--box', '0', '0', '9', '9'], 'the box must be left out, because EncoderDecoder predicts no boxes'),
     ('dino', ['--target', 'mask'], "the target 'mask' needs a detector with mask heads"),
 ])
 def test_a_target_of_another_kind_of_model_is_refused(here, tmp_path, name, options, expected):
-    assert expected in sentence('layercam', config_of(name), checkpoint_of(here, name), image_of(here), '--out', tmp_path, *options)
+    assert expected in sentence('layercam', config_of(name), checkpoint_of(here, name), image_of(here), *options,
+                                '--out', tmp_path)
 
 
 def test_images_that_are_not_there_are_refused(here, tmp_path):
@@ -227,17 +230,17 @@ def test_a_folded_network_is_refused(here, tmp_path):
         model = MODELS.build(cfg.model)
     model.backbone.switch_to_deploy()
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'folded.pth')
-    text = sentence('layercam', config_of('plain_classifier'), tmp_path / 'folded.pth', image_of(here), '--out', tmp_path / 'out')
+    text = sentence('layercam', config_of('plain_classifier'), tmp_path / 'folded.pth', image_of(here), '--out', tmp_path)
     assert 'fold' in text
 
 
 def test_images_without_labels_are_refused(here, tmp_path):
     (tmp_path / 'flat').mkdir()
     Image.new('RGB', (64, 64)).save(tmp_path / 'flat' / 'a.jpg')
-    arguments = ['cka', config_of('classifier'), checkpoint_of(here, 'classifier'), '--out', tmp_path / 'out', '--device', 'cpu']
+    arguments = ['cka', config_of('classifier'), checkpoint_of(here, 'classifier'), '--out', tmp_path / 'out']
     assert f'the labelled images of {tmp_path / "flat"} cannot be read' in sentence(*arguments, tmp_path / 'flat')
     assert 'must have labels' in sentence(*arguments, '--cfg-options', 'test_dataloader.dataset.with_label=False')
-    assert "DATA must be train, val or test" in sentence(*arguments, 'nowhere')
+    assert 'DATA must be train, val or test' in sentence(*arguments, 'nowhere')
     assert not list((tmp_path / 'out').glob('*'))
 
 
