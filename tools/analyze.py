@@ -50,8 +50,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     maps.add_argument('--box', type=float, nargs=4, metavar=('X1', 'Y1', 'X2', 'Y2'),
                       help='explain the detection that overlaps this box most; default: that with the highest score')
 
-    similarity.add_argument('data', nargs='*', default=['test'], metavar='DATA', help="train, val or test of the config, or a "
-                            "folder that takes the place of the test set's data_root; default: test")
+    similarity.add_argument('data', nargs='+', metavar='DATA', help='train, val or test, the data sets of the config, or a '
+                            "folder that takes the place of the test set's data_root")
     similarity.add_argument('--between', action='store_true', help='also a picture of all features against each other')
     similarity.add_argument('--block', type=int, default=256, help='images of a block of the estimator; default: 256')
     similarity.add_argument('--batch', type=int, default=32, help='images that run at once; default: 32')

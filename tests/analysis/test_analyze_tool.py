@@ -197,7 +197,7 @@ def test_a_config_without_columns_is_refused(here, tmp_path, command):
     config = tmp_path / 'resnet.py'
     config.write_text(NO_COLUMNS)
     rest = dict(layercam=[checkpoint_of(here, 'cascade'), image_of(here), '--out', tmp_path / 'out'],
-                cka=[checkpoint_of(here, 'cascade'), '--out', tmp_path / 'out'], memory=[])[command]
+                cka=[checkpoint_of(here, 'cascade'), 'test', '--out', tmp_path / 'out'], memory=[])[command]
     assert 'must have a network of columns as its backbone (RevCol, RevColViT, RevColC2f), but has ResNet' in sentence(
         command, config, *rest)
 
@@ -239,20 +239,20 @@ def test_images_without_labels_are_refused(here, tmp_path):
     Image.new('RGB', (64, 64)).save(tmp_path / 'flat' / 'a.jpg')
     arguments = ['cka', config_of('classifier'), checkpoint_of(here, 'classifier'), '--out', tmp_path / 'out']
     assert f'the labelled images of {tmp_path / "flat"} cannot be read' in sentence(*arguments, tmp_path / 'flat')
-    assert 'must have labels' in sentence(*arguments, '--cfg-options', 'test_dataloader.dataset.with_label=False')
+    assert 'must have labels' in sentence(*arguments, 'test', '--cfg-options', 'test_dataloader.dataset.with_label=False')
     assert 'DATA must be train, val or test' in sentence(*arguments, 'nowhere')
     assert not list((tmp_path / 'out').glob('*'))
 
 
-def test_detectors_images_of_several_sizes_need_a_shape(here, tmp_path):
-    arguments = ['cka', config_of('cascade'), checkpoint_of(here, 'cascade'), 'val', '--device', 'cpu', '--cfg-options',
-                 'test_dataloader.num_workers=0']
-    path = sorted((here / 'data/digits/val').iterdir())[-1]
+def test_images_of_several_sizes_need_a_shape(here, tmp_path):
+    arguments = ['cka', config_of('plain_classifier'), checkpoint_of(here, 'plain_classifier'), 'val', '--block', '9999',
+                 '--out', tmp_path, '--device', 'cpu', '--cfg-options', 'test_dataloader.num_workers=0']
+    path = next((here / 'data/digits/crops/val').rglob('*.jpg'))
     kept = path.read_bytes()
     try:
         Image.open(path).resize((64, 48)).save(path)
-        assert 'all images must have one size after the pipeline, but there are' in sentence(*arguments, '--out', tmp_path)
-        run(*arguments, '--out', tmp_path, '--shape', '64', '64')
+        assert 'all images must have one size after the pipeline, but there are 48×64 and 64×64' in sentence(*arguments)
+        run(*arguments, '--shape', 64, 64)
     finally:
         path.write_bytes(kept)
     assert (tmp_path / 'cka.png').is_file()
