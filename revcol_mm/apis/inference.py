@@ -93,7 +93,7 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     check_checkpoint(checkpoint, 'the command line')
     device = device or get_device()
     check_device(device)
-    cfg = _with_one_test_set(cfg) if cfg.get('test_dataloader') else _with_test_pipeline(cfg)
+    cfg = with_test_set(cfg)
     put_classes_right(cfg.test_dataloader, 'test_dataloader')
     with warnings.catch_warnings(), build_errors(cfg), \
             DefaultScope.overwrite_default_scope(scope):  # whatever ran in this process before
@@ -145,7 +145,7 @@ def read_test_settings(cfg: Config, meta: Mapping) -> tuple[Sequence[Mapping], S
     scope = cfg.get('default_scope')
     if scope not in PACKAGES:
         raise LaunchError(f'default_scope must be one of {", ".join(PACKAGES)}, but got {scope!r}')
-    cfg = _with_one_test_set(cfg) if cfg.get('test_dataloader') else _with_test_pipeline(cfg)
+    cfg = with_test_set(cfg)
     put_classes_right(cfg.test_dataloader, 'test_dataloader')
     return cfg.test_dataloader.dataset.pipeline, *_classes_and_palette(cfg, meta, scope)
 
@@ -156,6 +156,15 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without it
         raise LaunchError(f'device {device!r} cannot be used: {str(error).splitlines()[0]}') from error
+
+
+def with_test_set(cfg: Config) -> Config:
+    """A copy of a config in which ``test_dataloader.dataset`` is one data set, whose pipeline tells how images are prepared.
+
+    Raises:
+        LaunchError: if there is no such pipeline.
+    """
+    return _with_one_test_set(cfg) if cfg.get('test_dataloader') else _with_test_pipeline(cfg)
 
 
 def _with_one_test_set(cfg: Config) -> Config:

@@ -2,8 +2,9 @@
 """What training needs besides the model: the optimizer constructor with layer-wise decay, the hooks, and sharding."""
 from .hooks.drift import ReversibleDriftHook
 from .hooks.exact_resume import ExactResumeHook
+from .hooks.feature_statistics import FeatureStatisticsHook
 from .optimizers.layer_decay import LayerDecayOptimWrapperConstructor
 from .strategies.fsdp import RevColFSDPStrategy, column_network_wrap_policy
 
-__all__ = ['ExactResumeHook', 'LayerDecayOptimWrapperConstructor', 'RevColFSDPStrategy', 'ReversibleDriftHook',
-           'column_network_wrap_policy']
+__all__ = ['ExactResumeHook', 'FeatureStatisticsHook', 'LayerDecayOptimWrapperConstructor', 'RevColFSDPStrategy',
+           'ReversibleDriftHook', 'column_network_wrap_policy']

@@ -88,6 +88,21 @@ def training_shape(cfg: Config) -> tuple[int, int]:
     return (sizes[-1], ) * 2 if isinstance(sizes[-1], int) else tuple(sizes[-1])
 
 
+def column_network(cfg: Config) -> type[ColumnStack]:
+    """The class of a config's backbone.
+
+    Raises:
+        ValueError: if it is no network of columns.
+    """
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        kind = MODELS.get(backbone['type']) if backbone.get('type') else None
+    if not (isinstance(kind, type) and issubclass(kind, ColumnStack)):
+        raise ValueError(f'{cfg.filename} must have a network of columns as its backbone (RevCol, RevColViT, RevColC2f), '
+                         f'but has {backbone.get("type")}')
+    return kind
+
+
 class Plan:
     """The memory of one process that trains a config.
 
@@ -122,12 +137,7 @@ class Plan:
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f'shape must be two positive integers, height and width, but got {self.shape!r}')
         self.sharded = gpus > 1 and str((cfg.get('strategy') or {}).get('type', '')).endswith('FSDPStrategy')
-        backbone = (cfg.get('model') or {}).get('backbone') or {}
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            kind = MODELS.get(backbone['type']) if backbone.get('type') else None
-        if not (isinstance(kind, type) and issubclass(kind, ColumnStack)):
-            raise ValueError(f'{cfg.filename} must have a network of columns as its backbone (RevCol, RevColViT, RevColC2f), '
-                             f'but has {backbone.get("type")}')
+        kind = column_network(cfg)
         if not kind.INVERTIBLE:
             raise ValueError(f'{cfg.filename} must have a backbone that can be trained reversibly, but has {kind.__name__}, '
                              'whose columns have no inverse')

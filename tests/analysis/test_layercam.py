@@ -1,0 +1,98 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""LayerCAM: the formula on an ordinary net, and features that a score can be differentiated by."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from revcol_mm.analysis.features import record_features
+from revcol_mm.analysis.layercam import find_class, layercam
+from revcol_mm.models import RevCol, RevColC2f, RevColViT
+from tests.common import small_arch
+
+
+def test_the_map_is_that_of_the_definition_on_an_ordinary_net():
+    """Against loops over positions and channels, and a gradient by hand: GAP and a linear layer behind one convolution."""
+    convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, 4)
+    image, label = torch.randn(1, 3, 6, 7), 2
+    activation = convolution(image)
+    hidden = F.softplus(activation)
+    score = linear(hidden.mean((2, 3)))[0, label]
+    gradient, = torch.autograd.grad(score, activation)
+    found = layercam(activation.detach(), gradient)
+    # d score / d A = w · sigmoid(A) / (H·W), because softplus' = sigmoid
+    for i in range(6):
+        for j in range(7):
+            total = 0.
+            for channel in range(5):
+                a = activation[0, channel, i, j].item()
+                weight = linear.weight[label, channel].item() / 42 / (1 + torch.tensor(-a).exp().item())
+                total += max(weight, 0) * a
+            assert found[0, i, j].item() == pytest.approx(max(total, 0), abs=1e-7)
+    assert (found > 0).any() and (found == 0).any()
+
+
+def test_tokens_give_the_map_that_their_grid_gives():
+    activation, gradient = torch.randn(2, 2, 5, 3, 4).unbind()
+    tokens = [value.flatten(2).transpose(1, 2) for value in (activation, gradient)]
+    assert torch.equal(layercam(*tokens, channels=2).view(2, 3, 4), layercam(activation, gradient))
+
+
+NETS = dict(RevCol=lambda: RevCol(small_arch(), layer_scale_init_value=1.0, frozen_stages=1),
+            RevColViT=lambda: RevColViT(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=2, num_columns=3), img_size=32),
+            RevColC2f=lambda: RevColC2f(dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=3)))
+
+
+@pytest.mark.parametrize('kind', NETS)
+def test_one_backward_pass_gives_the_gradients_by_all_features(kind):
+    """The change of the score along each gradient, against finite differences in float64."""
+    net = NETS[kind]().double().eval().requires_grad_(False)
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+
+    def score():
+        return sum((feature.sin() * torch.linspace(-1, 2, feature.numel(), dtype=feature.dtype).view_as(feature)).sum()
+                   for feature in net(image))
+
+    with record_features(net) as features:
+        value = score()
+    assert sorted(features) == [(column, level) for column in range(3) for level in range(4)]
+    gradients = dict(zip(features, torch.autograd.grad(value, list(features.values()))))
+    for column, level in [(0, 0), (0, 3), (1, 1), (2, 2), (2, 3)]:
+        direction = torch.randn_like(features[column, level])
+        values = []
+        for step in (1e-5, -1e-5):
+            # The level's output is changed where it is made: by the shortcut's end, in a column that adds one.
+            with _shifted(net.columns[column], level, step * direction):
+                values.append(score().item())
+        expected = (values[0] - values[1]) / 2e-5
+        assert (gradients[column, level] * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+class _shifted:
+    """Adds a constant to F[level] of a column, and so to its feature y[level] = F[level] + γ·p."""
+
+    def __init__(self, column, level, shift):
+        self.module, self.shift = column.levels[level], shift
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(lambda module, args, output: output + self.shift)
+
+    def __exit__(self, *args):
+        self.handle.remove()
+
+
+def test_no_hook_is_left_behind():
+    net = NETS['RevCol']().eval()
+    with record_features(net) as features:
+        net(torch.randn(1, 3, 32, 32))
+    first = dict(features)
+    net(torch.randn(1, 3, 32, 32))
+    assert all(features[key] is first[key] for key in first) and not any(column._forward_hooks for column in net.columns)
+
+
+def test_a_class_has_a_name_or_a_number():
+    assert find_class(None, ('cat', 'dog')) is None
+    assert find_class('dog', ('cat', 'dog')) == find_class('1', ('cat', 'dog')) == find_class('1', None) == 1
+    for name, classes in (('horse', ('cat', 'dog')), ('2', ('cat', 'dog')), ('-1', ('cat', 'dog')), ('cat', None)):
+        with pytest.raises(ValueError, match=f'the class must be .* but got {name!r}'):
+            find_class(name, classes)
