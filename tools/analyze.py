@@ -9,11 +9,9 @@ Exit status: 0 when all is done; 3 when images of layercam were left out, with t
 """
 import argparse
 import json
-import logging
 import os
 import os.path as osp
 import sys
-import warnings
 from pathlib import Path
 
 import cv2
@@ -25,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from revcol_mm.analysis import cka, layercam, memory  # noqa: E402
 from revcol_mm.analysis.features import build_analysed  # noqa: E402
 from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
-from revcol_mm.apis.errors import LaunchError, plain_errors  # noqa: E402
+from revcol_mm.apis.errors import LaunchError, asking, plain_errors  # noqa: E402
 from revcol_mm.apis.inference import find_images, output_names, read_image  # noqa: E402
 from revcol_mm.checkpoint.files import check_folder, check_output, write_whole  # noqa: E402
 
@@ -75,14 +73,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    warnings.simplefilter('ignore')  # the heads' warnings matter only for training
-    cfg = load_config(args)
-    if args.out:
-        check_folder(args.out, make=True)
-    try:
+    with asking():
+        cfg = load_config(args)
+        if args.out:
+            check_folder(args.out, make=True)
         dict(layercam=run_layercam, cka=run_cka, memory=run_memory)[args.command](args, cfg)
-    except (ValueError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
-        raise LaunchError(error.args[0] if error.args else str(error)) from error
 
 
 def run_layercam(args: argparse.Namespace, cfg) -> None:
@@ -147,7 +142,6 @@ def run_cka(args: argparse.Namespace, cfg) -> None:
 
 
 def run_memory(args: argparse.Namespace, cfg) -> None:
-    logging.disable(logging.WARNING)
     if min(args.columns) < 1:
         raise LaunchError(f'--columns must be positive integers, but got {" ".join(map(str, args.columns))}')
     files = {name: osp.join(args.out, name) for name in ('memory.json', 'memory.png')} if args.out else {}

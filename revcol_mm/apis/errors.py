@@ -52,9 +52,7 @@ def asking() -> Iterator[None]:
         warnings.simplefilter('ignore')
         try:
             yield
-        except LaunchError:
-            raise
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
+        except (ValueError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
             raise LaunchError(error.args[0] if error.args else type(error).__name__) from error
 
 
