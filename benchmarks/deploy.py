@@ -9,11 +9,13 @@ also has ConvNeXt of the same size in RevCol's place, and goes the same way. Wei
 of one net take turns within every round; what counts is the ratios of their median times. Writes JSON.
 """
 import argparse
+import copy
 import json
 import os
 import statistics
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Iterator
@@ -29,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # a checkout works without being installed
 import revcol_mm  # noqa: E402, F401, I001
 from benchmarks.inference import build, device_name, measure  # noqa: E402
 from revcol_mm.export import exported_net  # noqa: E402
-from revcol_mm.export.files import write_onnx  # noqa: E402
+from revcol_mm.export.files import run_file, write_onnx  # noqa: E402
 from revcol_mm.export.model import make_images, original_size  # noqa: E402
 from revcol_mm.export.quantization import quantize_onnx  # noqa: E402
 from revcol_mm.export.rewrites import prepare  # noqa: E402
@@ -116,39 +118,22 @@ def ways_of(net: nn.Module, inputs: Iterator[dict[str, Tensor]], names: list[str
         if name == 'torch':
             calls[name] = infers(net, image)
         elif name in files:
-            calls[name] = runs(files[name], arrays, threads)
+            calls[name] = partial(run_file(files[name]), **arrays)  # with torch's number of threads
         elif name == 'openvino' and find_spec('openvino'):
             calls[name] = runs_in_openvino(files['onnxruntime'], arrays, threads)
-    if 'compiled' in names:  # last, because it changes the net
-        part = net.net if isinstance(net, Backbone) else net.model.backbone
-        calls['compiled'] = infers(net, image, torch.compile(part), part)
+    if 'compiled' in names:
+        compiled = copy.deepcopy(net)
+        (compiled.net if isinstance(compiled, Backbone) else compiled.model.backbone).compile()
+        calls['compiled'] = infers(compiled, image)
     return calls, sizes
 
 
-def infers(net: nn.Module, image: dict[str, Tensor], compiled: Callable | None = None, part: nn.Module | None = None
-           ) -> Callable[[], object]:
-    """Computes in torch, on request with the backbone compiled."""
-    eager = part.forward if part is not None else None
-
+def infers(net: nn.Module, image: dict[str, Tensor]) -> Callable[[], object]:
+    """Computes in torch."""
     def call() -> None:
         with torch.inference_mode():
-            if compiled is None:
-                net(*image.values())
-                return
-            part.forward = compiled
-            try:
-                net(*image.values())
-            finally:
-                part.forward = eager
+            net(*image.values())
     return call
-
-
-def runs(path: str, arrays: dict, threads: int) -> Callable[[], object]:
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, threads
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda: session.run(None, arrays)
 
 
 def runs_in_openvino(path: str, arrays: dict, threads: int) -> Callable[[], object]:

@@ -24,7 +24,6 @@ def expand(text: str) -> list[str]:
     return [''.join(choice) for choice in itertools.product(*parts)]
 
 
-
 def chosen() -> list[list[str]]:
     """The rows of the two tables of widths and depths."""
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in PAGE.splitlines()

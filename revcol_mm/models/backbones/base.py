@@ -167,6 +167,11 @@ class ColumnStack(BaseModule):
         for index in range(self.num_columns):
             self.add_module(f'subnet{index}', build(index == 0))
 
+    def check_even_channels(self, reason: str) -> None:
+        """Raises ValueError unless all widths of the architecture are even, which they must be for this reason."""
+        if any(width % 2 for width in self.channels):
+            raise ValueError(f"arch['channels'] must be even numbers, because {reason}, but got {self.channels!r}")
+
     def check_images(self, x: Tensor, least: int) -> None:
         """Raises ValueError unless x has the shape (N, in_channels, H, W), with H and W of at least ``least`` pixels."""
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[-2:]) < least:

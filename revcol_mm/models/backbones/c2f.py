@@ -102,9 +102,7 @@ class RevColC2f(ColumnStack):
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], arch['num_columns'], out_indices, **kwargs)
         self.channels, self.in_channels, self.norm_eval = arch['channels'], in_channels, norm_eval
-        if any(width % 2 for width in self.channels):
-            raise ValueError("arch['channels'] must be even numbers, because C2f splits the channels into two halves, but got "
-                             f'{self.channels!r}')
+        self.check_even_channels('C2f splits the channels into two halves')
         conv = dict(norm_cfg=norm_cfg, act_cfg=act_cfg, inplace=False)
         self.stem = ConvModule(in_channels, self.channels[0], 4, stride=4, **conv)
         self.add_columns(lambda first: Column(

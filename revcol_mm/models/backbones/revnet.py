@@ -108,9 +108,7 @@ class RevNetConvNeXt(ColumnStack):
         arch = self.read_arch(arch)
         super().__init__(arch['depths'], 1, out_indices, **kwargs)
         self.channels, self.in_channels = arch['channels'], in_channels
-        if any(width % 2 for width in self.channels):
-            raise ValueError("arch['channels'] must be even numbers, because each level has two groups of channels, but got "
-                             f'{self.channels!r}')
+        self.check_even_channels('each level has two groups of channels')
         self.stem = patch_norm(in_channels, self.channels[0], 4)
         rates = iter(self.drop_path_rates(drop_path_rate))
         self.add_columns(lambda first: RevNetColumn([
