@@ -10,14 +10,11 @@ Each run is done once: a second call goes on where the first one ended. Writes J
 """
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / 'configs' / 'demo'
+from trainings import DEMO, ROOT, describe, run, train
+
 DETECTOR = DEMO / 'cascade_rcnn_revcol_nano_k7_digits.py'
 KERNEL_SIZE = 7
 #: Where the detector's backbone comes from: name of the row, and config of the pre-training.
@@ -41,27 +38,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(command: list[str]) -> None:
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])))
-    done = subprocess.run([sys.executable, *map(str, command)], env=environment)
-    if done.returncode:
-        sys.exit(f'error: {" ".join(map(str, command))} ended with status {done.returncode}')
-
-
-def train(config: Path, folder: Path, options: list[str], names: list[str]) -> dict[str, float]:
-    """Trains unless that was done, and returns the last validation's metrics."""
-    results = folder / 'results.json'
-    if not results.is_file():
-        run([ROOT / 'tools' / 'train.py', config, '--work-dir', folder, '--cfg-options', *options])
-        scalars = max(folder.glob('*/vis_data/scalars.json'))
-        lines = [json.loads(line) for line in scalars.read_text().splitlines()]
-        metrics = {name: line[name] for line in lines for name in names if name in line}
-        if set(metrics) != set(names):
-            sys.exit(f'error: {scalars} has no {", ".join(set(names) - set(metrics))}: the run was not validated')
-        results.write_text(json.dumps(metrics))
-    return json.loads(results.read_text())
-
-
 def pretrain(config: Path, folder: Path, seed: int, epochs: int | None) -> dict[str, float]:
     options = [f'randomness.seed={seed}']
     if epochs is not None:
@@ -81,18 +57,13 @@ def detect(folder: Path, weights: Path | None, seed: int, iters: int | None) -> 
     return train(DETECTOR, folder, options, list(METRICS))
 
 
-def describe(values: list[float], digits: int) -> str:
-    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{spread}'
-
-
 def table(runs: list[dict], seeds: list[int]) -> str:
     lines = ['| backbone starts from | top-1 of the classifier | ' + ' | '.join(METRICS.values()) + ' |',
              '|---|---|' + '---|' * len(METRICS)]
     for arm in ARMS:
         own = [entry for entry in runs if entry['arm'] == arm]
         top1 = [entry[TOP1] for entry in own if TOP1 in entry]
-        cells = [describe(top1, 1) if top1 else '–', *(describe([entry[name] for entry in own], 3) for name in METRICS)]
+        cells = [describe(top1, 1), *(describe([entry[name] for entry in own], 3) for name in METRICS)]
         lines.append(f'| {arm} | ' + ' | '.join(cells) + ' |')
     return '\n'.join([*lines, '', f'Mean and standard deviation over the seeds {", ".join(map(str, seeds))}.', ''])
 

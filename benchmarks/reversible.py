@@ -1,7 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Memory, time and exactness of the ways to train a RevCol backbone, as ratios taken in one run.
 
-    python benchmarks/reversible.py                      # the CPU set: some minutes on two cores
+    python benchmarks/reversible.py                      # the CPU set: half an hour on two cores
+    python benchmarks/reversible.py --parts memory       # one part of it
     python benchmarks/reversible.py --device cuda        # T, S, B at 512² and 800×1344, float32 and autocast; RevCol-H at 640²
 
 Ways: plain autograd; ``torch.utils.checkpoint`` around each column (``with_cp``); the naive inverse, whose stream is float32
@@ -29,6 +30,7 @@ from revcol_mm.utils.memory import count_step, without_memory  # noqa: E402
 
 RESULTS = Path(__file__).parent / 'results'
 BATCHES = (1, 8)  # of the timed steps
+COUNTS = (4, 8, 16, 32)  # columns
 STORED = {f'reversible, {count} stored': count for count in (1, 2, 4)}  # columns
 WAYS = ('plain', 'checkpoint', 'naive', 'reversible', *STORED)
 LABELS = dict(plain='plain autograd', checkpoint='checkpoint per column', naive='naive float32 inverse')
@@ -185,27 +187,18 @@ def plot(results, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--size', type=int, default=160, help='image size of the memory measurement (default: 160)')
-    parser.add_argument('--repeats', type=int, default=7, help='rounds of the time measurement (default: 7)')
-    parser.add_argument('--compiled', action='store_true', help='also time them with torch.compile on every level')
-    args = parser.parse_args()
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        sys.exit('error: --device cuda: torch sees no GPU here')
-    cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    name = torch.cuda.get_device_name() if args.device == 'cuda' else cpu
-    results = dict(device=name, torch=torch.__version__, image_size=args.size, memory_and_gradients_on=cpu, memory={},
-                   slope_of_plain={})
-    counts = (4, 8, 16, 32)
+def measure_memory(results, args):
+    results['memory'], results['slope_of_plain'], results['image_size'] = {}, {}, args.size
     for arch in ('tiny', 'base'):  # S has T's widths and depths
         results['memory'][arch] = {
-            way: [(count, *memory(arch, count, way, args.size)) for count in counts]
+            way: [(count, *memory(arch, count, way, args.size)) for count in COUNTS]
             for way in track(WAYS, f'memory, {arch}', transient=True)}
         for what, index in (('kept', 1), ('peak', 2)):
             slopes = {way: slope([(row[0], row[index]) for row in rows]) for way, rows in results['memory'][arch].items()}
             results['slope_of_plain'][f'{arch}, {what}'] = {way: value / slopes['plain'] for way, value in slopes.items()}
+
+
+def measure_time(results, args):
     size = (256, 256) if args.device == 'cpu' else (512, 512)
     results['seconds_small'], results['time_of_plain'] = {}, {}
     for batch in BATCHES:
@@ -215,14 +208,45 @@ def main():
             times.update({f'{way}, levels compiled': rounds for way, rounds in compiled.items()})
         results['seconds_small'][f'batch {batch}'] = {way: medians(rounds) for way, rounds in times.items()}
         results['time_of_plain'][f'batch {batch}'] = of_plain(times)
+
+
+def measure_gradients(results, args):
     results['gradient_error'] = {
-        way: [(gamma, count, gradient_error(count, gamma, way)) for gamma in (0.5, 0.1) for count in counts]
+        way: [(gamma, count, gradient_error(count, gamma, way)) for gamma in (0.5, 0.1) for count in COUNTS]
         for way in track([way for way in WAYS if way not in STORED], 'gradient error', transient=True)}
-    if args.device == 'cuda':
-        results['cuda'] = cuda_steps(print)
+
+
+def measure_gpu(results, args):
+    results['cuda'] = cuda_steps(print)
+
+
+PARTS = dict(memory=measure_memory, time=measure_time, gradients=measure_gradients, gpu=measure_gpu)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--parts', nargs='+', choices=PARTS, help='what to measure; the rest of an existing JSON file stays. '
+                        'Default: everything that the device can do')
+    parser.add_argument('--size', type=int, default=160, help='image size of the memory measurement (default: 160)')
+    parser.add_argument('--repeats', type=int, default=7, help='rounds of the time measurement (default: 7)')
+    parser.add_argument('--compiled', action='store_true', help='also time them with torch.compile on every level')
+    args = parser.parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit('error: --device cuda: torch sees no GPU here')
+    parts = args.parts or [part for part in PARTS if part != 'gpu' or args.device == 'cuda']
+    if 'gpu' in parts and args.device != 'cuda':
+        sys.exit('error: the part gpu needs --device cuda')
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / f'reversible_{args.device}'
-    stem.with_suffix('.json').write_text(json.dumps(results, indent=1) + '\n')
+    path = stem.with_suffix('.json')
+    results = json.loads(path.read_text()) if args.parts and path.is_file() else {}
+    cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    results.update(device=torch.cuda.get_device_name() if args.device == 'cuda' else cpu, torch=torch.__version__,
+                   memory_and_gradients_on=cpu)
+    for part in parts:
+        PARTS[part](results, args)
+        path.write_text(json.dumps(results, indent=1) + '\n')
     plot(results, stem.with_suffix('.png'))
     print(json.dumps({key: results[key] for key in ('device', 'slope_of_plain', 'time_of_plain')}, indent=1))
     print(f'written: {stem}.json and .png')

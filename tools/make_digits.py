@@ -18,6 +18,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--num-val', type=int, default=200, help='validation images')
     parser.add_argument('--size', type=int, default=128, help='width and height of the images, in pixels')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')
+    parser.add_argument('--tuning', action='store_true', help="a set of the training side's handwriting alone, for choosing "
+                        'settings without a look at the validation side')
     return parser.parse_args()
 
 
@@ -25,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        written = make_digits(args.root, args.num_train, args.num_val, args.size, args.seed)
+        written = make_digits(args.root, args.num_train, args.num_val, args.size, args.seed, args.tuning)
     except (ValueError, OSError, ImportError) as error:
         raise LaunchError(str(error)) from error
     if written:

@@ -103,7 +103,8 @@ def install_packages(python, requirements):
     """Installs a file of requirements, with uv if it can, with pip otherwise."""
     try:
         run('installing uv', [python, '-m', 'pip', 'install', '--only-binary', ':all:', UV])
-        run('installing packages', [python, '-m', 'uv', 'pip', 'install', '--python', python, '-r', requirements])
+        run('installing packages', [python, '-m', 'uv', 'pip', 'install', '--compile-bytecode', '--python', python, '-r',
+                                   requirements])
     except SetupError:
         say(f'uv cannot do it, as {LOG} says; pip does, which takes some minutes longer.')
         run('installing packages', [python, '-m', 'pip', 'install', '-r', requirements])

@@ -13,7 +13,8 @@ call writes what detectors, segmentors and classifiers read::
     └── crops/{train,val}/{0 … 9}/*.jpg  single digits, one folder a class
 
 Training and validation share no handwriting sample. Which sample is on which side never depends on the seed, so that what was
-pre-trained on one data set can be validated on another.
+pre-trained on one data set can be validated on another. A tuning set is made of the training side's handwriting alone, and
+divides that again: settings are chosen on it without a look at the validation side.
 """
 import json
 import os
@@ -50,7 +51,7 @@ class Sample(NamedTuple):
 
 
 def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val: int = 200, size: int = 128,
-                seed: int = 0) -> bool:
+                seed: int = 0, tuning: bool = False) -> bool:
     """Writes the data set, or does nothing where it was made with the same arguments before.
 
     The folder appears when it is complete. A data set that was made with other arguments is replaced; nothing else is.
@@ -61,6 +62,8 @@ def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val
         num_val (int): number of validation images. Default: 200.
         size (int): width and height of the images, in pixels. Default: 128.
         seed (int): the same arguments give the same bytes. Default: 0.
+        tuning (bool): whether to make the tuning set, whose ``train`` and ``val`` are parts of the training side's
+            handwriting, three quarters and one. Default: False.
 
     Returns:
         bool: whether anything was written.
@@ -75,11 +78,13 @@ def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val
             raise ValueError(f'{name} must be an integer of at least {least}, but got {value!r}')
     root = Path(root)
     made = dict(maker=_MAKER, format=_FORMAT, num_train=num_train, num_val=num_val, size=size, seed=seed)
+    if tuning:
+        made['tuning'] = True
     replaces = root.exists() or root.is_symlink()
     if replaces and _read_mark(root) == made:
         return False
 
-    samples = _load_samples()
+    samples = _load_samples(tuning)
     root.parent.mkdir(parents=True, exist_ok=True)
     # A fresh folder inside the temporary one, since mkdtemp's own is readable by its owner only.
     with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as scratch:
@@ -111,8 +116,8 @@ def _read_mark(root: Path) -> dict:
     return made
 
 
-def _load_samples() -> dict[str, list[Sample]]:
-    """A quarter of every class for validation, the rest for training."""
+def _load_samples(tuning: bool) -> dict[str, list[Sample]]:
+    """A quarter of every class for validation, the rest for training; for tuning, that rest is divided again."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -122,6 +127,8 @@ def _load_samples() -> dict[str, list[Sample]]:
     order = np.random.default_rng(0).permutation(len(digits.target))
     for label in range(len(DIGITS)):
         own = [Sample(int(i), label, digits.images[i] / 16) for i in order if digits.target[i] == label]
+        if tuning:
+            own = own[len(own) // 4:]
         quarter = len(own) // 4
         samples['val'] += own[:quarter]
         samples['train'] += own[quarter:]

@@ -95,6 +95,16 @@ def test_the_split_does_not_depend_on_the_seed(root, tmp_path):
     assert fingerprint(root) != fingerprint(tmp_path / 'other')
 
 
+def test_a_tuning_set_divides_the_handwriting_of_the_training_side(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(maker, '_CROPS_PER_SAMPLE', dict(train=1, val=1))
+    make_digits(tmp_path / 'tuning', 3, 2, tuning=True)
+    own, tuning = ({split: {path.name[:4] for path in (folder / 'crops' / split).rglob('*.jpg')} for split in ('train', 'val')}
+                   for folder in (root, tmp_path / 'tuning'))
+    assert not tuning['train'] & tuning['val']
+    assert tuning['train'] | tuning['val'] == own['train']
+    assert make_digits(tmp_path / 'tuning', 3, 2), 'another set with the same counts replaces it'
+
+
 def test_labels_are_those_of_the_original(root):
     target = load_digits().target
     for annotation in annotations(root, 'val')['annotations']:
