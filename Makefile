@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 # Two test processes with one thread each are faster on two cores than one process with two threads.
 TEST := -m pytest -n 2 --durations=40
 
-.PHONY: demo demo-pretrain demo-seg demo-cls test test-slow test-mmcv test-onedl lint setup setup-mmcv setup-onedl python clean
+.PHONY: demo demo-pretrain demo-seg demo-cls test test-slow test-mmcv test-onedl docs lint setup setup-mmcv setup-onedl python clean
 
 demo: demo-pretrain
 	$(RUN) tools/train.py configs/demo/cascade_rcnn_revcol_nano_digits.py --work-dir work_dirs/demo \
@@ -48,6 +48,10 @@ test-mmcv: setup-mmcv
 test-onedl: setup-onedl
 	OMP_NUM_THREADS=1 .venv-onedl/bin/python $(TEST) -m 'not slow'
 
+# The documentation as a site, in site/.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 lint: setup
 	$(RUN) -m ruff check
 	$(RUN) -m codespell_lib
@@ -67,4 +71,4 @@ python:
 		{ echo "error: PYTHON=$(PYTHON) does not run, or is too old; name a Python 3.11, 3.12 or 3.13" >&2; exit 1; }
 
 clean:
-	rm -rf .venv .venv-mmcv .venv-onedl .cache build *.egg-info revcol_mm/.mim
+	rm -rf .venv .venv-mmcv .venv-onedl .cache build site *.egg-info revcol_mm/.mim

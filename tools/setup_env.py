@@ -179,7 +179,8 @@ def set_up(venv, requirements, source):
         source (str or None): Requirement that is built and installed on top, such as 'mmcv==2.1.0'.
     """
     # pyproject.toml and setup.py decide what the editable install does; its entry points to this folder.
-    files = [requirements, ROOT / 'requirements' / 'base.txt', Path(__file__), ROOT / 'pyproject.toml', ROOT / 'setup.py']
+    files = [requirements, *(ROOT / 'requirements' / name for name in ('base.txt', 'docs.txt')), Path(__file__),
+             ROOT / 'pyproject.toml', ROOT / 'setup.py']
     state = [str(requirements), str(source), sys.version, sys.base_prefix, str(ROOT), os.environ.get('FORCE_CUDA', ''),
              *(file.read_text(encoding='utf-8') for file in files)]
     stamp, digest = venv / 'revcol_mm_setup', hashlib.sha256('\0'.join(state).encode()).hexdigest()

@@ -28,12 +28,12 @@ def level_inputs(level: int, above: Sequence[int], x: Tensor, y: Sequence[Tensor
 
 
 def couple(f: Tensor, gamma: Tensor, p: Tensor) -> Tensor:
-    """Forward: y[l] = F[l](…) + γ[l]·p[l]."""
+    """Forward: ``y[l] = F[l](…) + γ[l]·p[l]``."""
     return torch.addcmul(f, gamma, p)
 
 
 def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
-    """Inverse: p[l] = (y[l] − F[l](…)) / γ[l]."""
+    """Inverse: ``p[l] = (y[l] − F[l](…)) / γ[l]``."""
     return (y - f).div_(gamma)
 
 
@@ -53,7 +53,7 @@ def run_levels(column: nn.Module, gammas: Iterable[Tensor | None], x: Tensor, p:
                context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
     """The forward equation in one precision, for plain autograd and for inference: y[0 … L-1] from x, p and γ.
 
-    A γ of None stands for a level without a shortcut: y[l] = F[l](…).
+    A γ of None stands for a level without a shortcut: ``y[l] = F[l](…)``.
     """
     y: list[Tensor] = []
     for index, (level, gamma) in enumerate(zip(column.levels, gammas)):
