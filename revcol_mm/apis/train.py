@@ -7,6 +7,7 @@ from typing import Sequence
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
+from ..engine import CurvesHook
 from .checks import check_checkpoint, check_class_folders, check_data, check_pretrained, check_run, check_settings, rehearse
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
@@ -71,6 +72,8 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def _run(cfg: Config, args: argparse.Namespace) -> None:
     runner = build_runner(cfg, loads_whole_model=bool(cfg.get('resume')))
+    if not any(isinstance(hook, CurvesHook) for hook in runner.hooks):
+        runner.register_hook(CurvesHook())
     try:
         with build_errors(cfg, runner), name_lost_processes():
             check_run(runner, ('train', 'val'), check_all=args.check_data)

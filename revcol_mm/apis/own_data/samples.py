@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint.files import put_in_place
+from ..pictures import build_visualizer
 
 COUNT = 16
 
@@ -28,13 +29,13 @@ def draw_samples(runner: Any, folder: str, count: int = COUNT) -> list[str]:
     draft = f'{folder.rstrip("/")}.drawing'
     shutil.rmtree(draft, ignore_errors=True)
     os.makedirs(draft)
-    runner.visualizer.dataset_meta = dataset.metainfo
+    visualizer = build_visualizer(runner.cfg.default_scope, dataset.metainfo)
     for number, index in enumerate(sorted({round(place) for place in np.linspace(0, len(dataset) - 1, count)})):
         sample = dataset[index]
         name = osp.splitext(osp.basename(str(sample['data_samples'].get('img_path', index))))[0]
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*out of bounds')  # a box at the edge of a crop
-            _draw(runner.visualizer, sample, osp.join(draft, f'{number:02d}_{name}.png'))
+            _draw(visualizer, sample, osp.join(draft, f'{number:02d}_{name}.png'))
     put_in_place(draft, folder)
     return [osp.join(folder, name) for name in sorted(os.listdir(folder))]
 
