@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""What README.md and docs/training.md tell a user to type: settings reach places that exist, and the config does as it says."""
+"""What docs/own_data.md and docs/training.md tell a user: settings reach places that exist, and the config does as it says."""
 import inspect
 import os.path as osp
 import re
@@ -22,7 +22,7 @@ def block(file: str, language: str, folder: str) -> str:
 
 
 SMALL = block('docs/training.md', 'bash', 'data/small/')
-MINE = block('README.md', 'python', 'data/mine/')
+MINE = block('docs/own_data.md', 'python', 'data/mine/')
 
 
 def parse(script: str):

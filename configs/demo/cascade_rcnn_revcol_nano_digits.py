@@ -34,6 +34,7 @@ val_evaluator = _base_.digits_evaluator
 test_evaluator = val_evaluator
 
 optim_wrapper = _base_.digits_optim_wrapper
+auto_scale_lr = _base_.digits_auto_scale_lr
 optim_wrapper.optimizer.lr = 2e-3
 param_scheduler = _base_.digits_param_scheduler
 train_cfg = _base_.digits_train_cfg

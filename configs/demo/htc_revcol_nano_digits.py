@@ -43,6 +43,7 @@ val_evaluator = _base_.digits_evaluator
 test_evaluator = val_evaluator
 
 optim_wrapper = _base_.digits_optim_wrapper
+auto_scale_lr = _base_.digits_auto_scale_lr
 param_scheduler = _base_.digits_param_scheduler
 train_cfg = _base_.digits_train_cfg
 default_hooks = _base_.digits_default_hooks

@@ -33,6 +33,7 @@ val_evaluator = _base_.digits_evaluator
 test_evaluator = val_evaluator
 
 optim_wrapper = _base_.digits_optim_wrapper
+auto_scale_lr = _base_.digits_auto_scale_lr
 max_iters = 500
 param_scheduler = _base_.digits_param_scheduler
 param_scheduler[1].end = max_iters

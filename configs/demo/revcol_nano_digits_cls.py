@@ -68,6 +68,7 @@ optim_wrapper = dict(
     constructor='LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(layer_decay_rate=1.0, decay_gamma=True),
     clip_grad=dict(max_norm=5.0))
+auto_scale_lr = dict(enable=False, base_batch_size=64)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', eta_min_ratio=0.01, begin=1, end=max_epochs, T_max=max_epochs - 1, by_epoch=True,

@@ -1,11 +1,29 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Names of the pictures that a test draws: images of one name in different folders get different ones."""
+"""Pictures that a run draws: by which visualizer, and their names."""
 import os
 import os.path as osp
 from collections import Counter
 from typing import Any, Callable, Iterable, Mapping
 
+from mmengine.registry import VISUALIZERS
+from mmengine.visualization import Visualizer
+
 from .checks.common import leaves, say
+
+#: The visualizers of the packages, which draw data samples with their classes.
+PACKAGES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
+
+
+def build_visualizer(scope: str, metainfo: Mapping[str, Any]) -> Visualizer:
+    """A package's own visualizer, whichever the config has, and without its backends.
+
+    Args:
+        scope (str): 'mmdet', 'mmseg' or 'mmpretrain'.
+        metainfo (Mapping): of the data set, with its classes.
+    """
+    visualizer = VISUALIZERS.get(f'{scope}.{PACKAGES[scope]}')()  # built by the registry it would be shared by its name
+    visualizer.dataset_meta = metainfo
+    return visualizer
 
 
 def distinct_names(paths: Iterable[str]) -> dict[str, str]:

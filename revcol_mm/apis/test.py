@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Testing, for ``tools/test.py``."""
 import argparse
+import contextlib
 import os.path as osp
 from typing import Sequence
 
@@ -32,6 +33,8 @@ def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', help='file.pkl for the predictions; in segmentation also a folder for label maps')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='folder for images with drawn predictions')
+    parser.add_argument('--report', metavar='FILE.html',
+                        help='write a page with the results of every class, confusions, and the best and worst images')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show shows an image')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation: several scales and flips, merged')
     parser.add_argument('--provider', default='cpu', help='where an ONNX file is computed: cpu, cuda or openvino. Default: cpu')
@@ -59,6 +62,10 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise LaunchError(f'{args.config} must have test_dataloader and test_evaluator, but has no {" and no ".join(missing)}')
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
+    reporter = None
+    if args.report is not None:
+        from .report import Reporter  # it needs matplotlib
+        reporter = Reporter(args.report, cfg, args.checkpoint)
     exported = args.checkpoint.endswith('.onnx')
     if exported:
         model = _take_file(cfg, args)
@@ -89,8 +96,12 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
             runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
         if args.show_dir:
             name_pictures_apart(runner)
-        metrics = runner.test()
-    del runner
+        with reporter.watching(runner) if reporter else contextlib.nullcontext():
+            metrics = runner.test()
+        if reporter:
+            reporter.write(metrics)
+            print(f'the report is {args.report}')
+    del runner, reporter
     leave_process_group()
     return metrics
 

@@ -1,14 +1,18 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Training, for ``tools/train.py``."""
 import argparse
+import os.path as osp
 from typing import Sequence
 
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 
+from ..engine import CurvesHook
 from .checks import check_checkpoint, check_class_folders, check_data, check_pretrained, check_run, check_settings, rehearse
 from .config import add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .lock import lock_work_dir
+from .own_data import draw_samples, own_data_folder, use_own_data
 from .processes import name_lost_processes
 from .runner import build_runner, leave_process_group
 from .saving import list_checkpoints
@@ -23,10 +27,16 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='go on from this checkpoint; with "auto" or nothing, from the last one in the work folder')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
+    parser.add_argument('--data', metavar='FOLDER',
+                        help='train on this folder instead of the data of the config: COCO annotations, images with label '
+                             'maps, or a folder for each class; sets the number of classes and scales the learning rate')
+    parser.add_argument('--val-fraction', type=float, metavar='FRACTION',
+                        help='with --data: take this part of the data, such as 0.2, for validation')
     parser.add_argument('--check-data', action='store_true',
                         help='open every image and label map before the training, and list those that are broken')
     parser.add_argument('--dry-run', action='store_true',
-                        help='do all checks, build the optimizer, load the weights and one batch of every data loader, and end')
+                        help='do all checks, build the optimizer, load the weights and one batch of every data loader, and '
+                             'end; with --data, draw training samples, too')
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -39,6 +49,10 @@ def train(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_train_args(argv)
     cfg = load_config(args)
+    if args.data is not None:
+        print('\n'.join(use_own_data(cfg, args.data, args.val_fraction)))
+    elif args.val_fraction is not None:
+        raise LaunchError('--val-fraction divides the folder that --data names, but there is no --data')
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -58,10 +72,15 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def _run(cfg: Config, args: argparse.Namespace) -> None:
     runner = build_runner(cfg, loads_whole_model=bool(cfg.get('resume')))
+    if not any(isinstance(hook, CurvesHook) for hook in runner.hooks):
+        runner.register_hook(CurvesHook())
     try:
         with build_errors(cfg, runner), name_lost_processes():
             check_run(runner, ('train', 'val'), check_all=args.check_data)
             if args.dry_run:
+                if args.data is not None and is_main_process():
+                    pictures = draw_samples(runner, osp.join(own_data_folder(cfg), 'samples'))
+                    print(f'{len(pictures)} training samples are drawn in {osp.dirname(pictures[0])}')
                 rehearse(runner)
                 print('All checks have passed, and one batch of every data loader was loaded. Nothing was trained (--dry-run).')
                 return

@@ -60,6 +60,7 @@ digits_optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay_rate=1.0),
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=10))
+digits_auto_scale_lr = dict(base_batch_size=8)  # the batch that the learning rates are made for
 
 digits_max_iters = 300
 digits_train_cfg = dict(

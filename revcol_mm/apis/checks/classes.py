@@ -4,7 +4,7 @@ import itertools
 import os
 import os.path as osp
 from collections import Counter
-from typing import Any, Collection, Iterator, Mapping, Sequence
+from typing import Any, Collection, Iterable, Iterator, Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
@@ -82,10 +82,7 @@ class ClassOrder:
 
     def _settle_categories(self, dataset: BaseDataset, path: str, names: Mapping[int, str]) -> None:
         """mmdet labels in the order of the file."""
-        twice = [name for name, count in Counter(names.values()).items() if count > 1]
-        if twice:
-            raise LaunchError(f'every category in {path} must have a name of its own, but there are several {some(twice)}: '
-                              'rename or merge them')
+        check_names(names.values(), path, 'category')
         classes = tuple(dataset._metainfo['classes'])
         labelled = tuple(names[category] for category in dataset.cat_ids)  # the names in the order of mmdet's labels
         absent = [name for name in self.classes or () if name not in labelled] if self._is_subset(classes, names) else []
@@ -179,6 +176,23 @@ def unused_ids(ids: Collection[int]) -> Iterator[int]:
     return itertools.count(max(ids) + 1)
 
 
+def check_names(names: Iterable[str], path: str, what: str) -> None:
+    """Every class must have a name of its own.
+
+    Args:
+        names (Iterable[str]): the names.
+        path (str): the file that they come from.
+        what (str): what they are in it, for the message.
+
+    Raises:
+        LaunchError: some names are there several times.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise LaunchError(f'every {what} in {path} must have a name of its own, but there are several {some(twice)}: '
+                          'rename or merge them')
+
+
 def check_categories(classes: Sequence[str], categories: Sequence[str], path: str, name: str) -> None:
     """The classes in effect, given by the config or by the kind of data set, must be categories of the annotation file.
 
@@ -248,7 +262,7 @@ def find_file_classes(cfg: Config) -> tuple[str, ...] | None:
 
 
 def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None:
-    kind, classes = _kind_and_classes(dataset, scope)
+    kind, classes = kind_and_classes(dataset, scope)
     if kind is None:
         return None
     root, path = dataset.get('data_root') or '', dataset.get('ann_file')
@@ -262,7 +276,7 @@ def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None
     return tuple(folders) if folders and (classes is None or set(classes) == set(folders)) else None
 
 
-def _kind_and_classes(dataset: Mapping, scope: str | None) -> tuple[Any, Sequence[str] | str | None]:
+def kind_and_classes(dataset: Mapping, scope: str | None) -> tuple[Any, Sequence[str] | str | None]:
     """The type of a data set in a config, None if it is unknown, and the classes that its settings or its type give it."""
     kind = class_of(dataset, scope)
     given = dict(dataset.get('metainfo') or {}, **({'classes': dataset['classes']} if dataset.get('classes') else {}))
@@ -290,7 +304,7 @@ def check_class_folders(cfg: Config, loaders: Sequence[str]) -> None:
     """
     for loader in loaders:
         for dataset in settings_of_leaves((cfg.get(f'{loader}_dataloader') or {}).get('dataset')):
-            kind, classes = _kind_and_classes(dataset, cfg.get('default_scope'))
+            kind, classes = kind_and_classes(dataset, cfg.get('default_scope'))
             root, folders = _class_folders(dataset, kind)
             hidden = [name for name in folders if name.startswith('.') or name == '__MACOSX']
             if hidden:

@@ -66,14 +66,26 @@ def read_annotations(path: str) -> tuple[list[tuple[str, int]], dict[str, int]]:
     Raises:
         LaunchError: if the file cannot be read, or has another format.
     """
+    content = load_annotations(path)
     try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
         return ([(image['file_name'], image['id']) for image in content['images']],
                 {category['name']: category['id'] for category in content['categories']})
+    except (KeyError, TypeError) as error:
+        raise LaunchError(no_annotations(path, error)) from None
+
+
+def load_annotations(path: str) -> dict:
+    """Reads a JSON file, which should be one of annotations in COCO format.
+
+    Raises:
+        LaunchError: if the file cannot be read, or is no JSON.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
     except OSError as error:
         raise LaunchError(f'the annotation file {path} cannot be read: {error.strerror}, in {os.getcwd()}') from None
-    except (KeyError, TypeError, ValueError) as error:  # ValueError: no JSON, or no text
+    except ValueError as error:  # no JSON, or no text
         raise LaunchError(no_annotations(path, error)) from None
 
 

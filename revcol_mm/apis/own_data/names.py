@@ -1,0 +1,56 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""What the names of files and folders say."""
+import os
+import os.path as osp
+import re
+from typing import Sequence
+
+from ...checkpoint.safe import some
+from ..errors import LaunchError
+
+#: Words in the names of files and folders that tell what a part of the data is for.
+WORDS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'testing'))
+IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+
+
+def words_of(name: str) -> set[str]:
+    return set(re.findall('[a-z]+', name.lower()))
+
+
+def part_of(name: str) -> str | None:
+    """What the name of a file or folder says of its purpose: 'train', 'val', 'test', or None."""
+    found = [part for part, words in WORDS.items() if words_of(name) & set(words)]
+    return found[0] if len(found) == 1 else None
+
+
+def folders_of(path: str) -> list[str]:
+    if not osp.isdir(path):
+        return []
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.'))
+
+
+def part_folders(path: str, part: str) -> list[str]:
+    """The folders in ``path`` whose names say that they are for 'train' or 'val'."""
+    return [osp.join(path, name, '') for name in folders_of(path) if part_of(name) == part]
+
+
+def only(candidates: Sequence[str], root: str, what: str) -> str | None:
+    """The one candidate, or None if there is none.
+
+    Raises:
+        LaunchError: there are several.
+    """
+    if len(candidates) > 1:
+        raise LaunchError(f'{root} must have one {what}, but has {len(candidates)}: {some(candidates)}. Move the others to '
+                          'another folder')
+    return candidates[0] if candidates else None
+
+
+def images_below(folder: str) -> list[str]:
+    """The image files in a folder and those below it, as paths from it."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        found += [osp.relpath(osp.join(place, name), folder) for name in sorted(names)
+                  if name.lower().endswith(IMAGES) and not name.startswith('.')]
+    return found

@@ -1,0 +1,116 @@
+# Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
+"""A picture of the training so far."""
+import json
+import math
+import os.path as osp
+from collections import defaultdict
+from pathlib import Path
+from typing import Iterable
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from ...checkpoint import CheckpointError
+from ...checkpoint.files import write_whole
+
+#: What is no metric among the values that are written after a validation, and sizes of objects, which would crowd the picture.
+NO_METRICS = ('time', 'data_time', 'memory', 'step')
+SIZES = ('_s', '_m', '_l')
+MOST_NAMES = 12  # in a legend
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+@HOOKS.register_module()
+class CurvesHook(Hook):
+    """Draws ``curves.png`` in the work folder: losses, learning rate and metrics of the training so far.
+
+    The picture is drawn after every validation and at the end of the training, from the file ``vis_data/scalars.json`` that
+    mmengine's LocalVisBackend writes. If a training is resumed, the curves begin with those of the earlier runs in the same
+    work folder, up to where it goes on. Without matplotlib, or without the file, there is no picture, and the log says so once.
+
+    Args:
+        name (str): the file's name in the work folder. Default: 'curves.png'.
+    """
+
+    priority = 'VERY_LOW'  # after LoggerHook, which writes the file
+
+    def __init__(self, name: str = 'curves.png') -> None:
+        self.name = name
+        self.failed = False
+
+    def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        if runner._train_loop is not None and not isinstance(runner._train_loop, dict):  # validation in a training
+            self.draw(runner)
+
+    def after_train(self, runner) -> None:
+        self.draw(runner)
+
+    def draw(self, runner) -> None:
+        """Draws the picture. What goes wrong must not stop a training."""
+        if self.failed or not is_main_process():
+            return
+        try:
+            files = [Path(runner.log_dir) / 'vis_data' / 'scalars.json']
+            if runner._resume:
+                files = sorted(set(Path(runner.work_dir).glob('*/vis_data/scalars.json')) | set(files))
+            draw_curves(osp.join(runner.work_dir, self.name), *read_scalars(files))
+        except (ImportError, OSError, ValueError, CheckpointError) as error:
+            self.failed = True
+            runner.logger.warning(f'{self.name} is not drawn: {type(error).__name__}: {error}')
+
+
+def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
+    """Reads what was logged in a training.
+
+    Args:
+        files (Iterable[Path]): scalars.json of the runs, in the order of their time. A later run replaces the entries of
+            earlier ones from its first iteration on.
+
+    Returns:
+        tuple[dict, dict]: the values of the training iterations and of the validations, as (step, value) by name. The step of
+        a training value is its iteration; that of a validation is the epoch, or the iteration in a training by iterations.
+    """
+    train, val = [], []
+    for file in files:
+        entries = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+        here = [[entry for entry in entries if ('lr' in entry) is training and 'step' in entry] for training in (True, False)]
+        for kept, new in zip((train, val), here):
+            first = min((entry['step'] for entry in new), default=math.inf)
+            kept[:] = [entry for entry in kept if entry['step'] < first] + new
+    curves: tuple[Curves, Curves] = defaultdict(list), defaultdict(list)
+    for found, entries in zip(curves, (train, val)):
+        for entry in entries:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    found[name].append((entry['step'], value))
+    return tuple(map(dict, curves))
+
+
+def draw_curves(path: str, train: Curves, val: Curves) -> None:
+    """Draws the values of :func:`read_scalars`: losses and learning rate by iterations, metrics by validations.
+
+    Raises:
+        ImportError: without matplotlib.
+        CheckpointError: the picture cannot be written.
+    """
+    from matplotlib.figure import Figure  # without a window, whatever the backend
+    panels = {
+        'loss': {name: curve for name, curve in train.items() if 'loss' in name.rpartition('/')[2]},
+        'learning rate': {name: train[name] for name in train if name == 'lr'},
+        'validation': {name: curve for name, curve in val.items() if name.rpartition('/')[2] not in NO_METRICS
+                       and not name.endswith(SIZES) and not name.startswith('features/')}}
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        return
+    figure = Figure(figsize=(9, 3 * len(panels)), layout='constrained')
+    for axis, (title, curves) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
+        for name, curve in curves.items():
+            axis.plot(*zip(*curve), label=name, linewidth=2 if name == 'loss' else 1, marker='.' if len(curve) < 30 else None)
+        axis.set(ylabel=title, xlabel='epoch or iteration of the validation' if title == 'validation' else 'iteration')
+        axis.grid(alpha=0.3)
+        if len(curves) <= MOST_NAMES:
+            axis.legend(fontsize=7)
+    with write_whole(path) as file:
+        figure.savefig(file, format='png', dpi=90)
