@@ -58,16 +58,17 @@ def draw_columns(path):
 def draw_training_ways(path):
     figure, axes = plt.subplots(figsize=(8, 4.4), layout='constrained')
     columns = 8
-    ways = [('plain', [True] * columns, 'Every column keeps the activations of all its blocks:\nmemory grows with the columns.'),
-            ('with_cp=True', [False] * columns, 'Every column keeps its features, and is computed again\nin the backward pass.'),
-            ('reversible=True', [False] * columns, 'Only the last features are kept. The backward pass\nrebuilds each column from '
-             'the one after it.'),
-            ('stored_columns=2', [False] * 6 + [True] * 2, 'The last two columns keep theirs, and are freed first.\nLess is '
-             'rebuilt; memory still does not grow.')]
-    for row, (name, kept, text) in enumerate(ways):
+    ways = [('plain', 0, 'Every column keeps the activations of all its blocks:\nmemory grows with the columns.'),
+            ('with_cp=True', columns, 'Every column keeps its features, and is computed again\nin the backward pass.'),
+            ('reversible=True', columns, 'Only the last features are kept. The backward pass\nrebuilds each column from the '
+             'one after it.'),
+            ('stored_columns=2', columns - 2, 'The last two columns keep theirs, and are freed first.\nLess is rebuilt; memory '
+             'still does not grow.')]
+    for row, (name, again, text) in enumerate(ways):
         y = -1.5 * row
         axes.text(-0.8, y, name, ha='right', va='center', fontsize=10, family='monospace')
-        for column, full in enumerate(kept):
+        for column in range(columns):
+            full = column >= again
             box(axes, column * 0.75, y, '', width=0.45, height=0.8, facecolor=BLUE if full else 'white',
                 edgecolor=BLUE if full else GREY, linestyle='-' if full else '--')
             if name == 'with_cp=True':

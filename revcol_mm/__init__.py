@@ -15,8 +15,10 @@ apply_patches()  # before the imports below, some of which import mmcv.ops
 from . import apis, checkpoint, converters, engine, models, ops  # noqa: E402
 from .former_names import keep_former_names  # noqa: E402
 from .models import RevCol  # noqa: E402
+from .plain import create_model, list_models  # noqa: E402
 from .utils.configs import config_path, get_config  # noqa: E402
 
 keep_former_names()
 
-__all__ = ['RevCol', '__version__', 'apis', 'checkpoint', 'config_path', 'converters', 'engine', 'get_config', 'models', 'ops']
+__all__ = ['RevCol', '__version__', 'apis', 'checkpoint', 'config_path', 'converters', 'create_model', 'engine', 'get_config',
+           'list_models', 'models', 'ops']

@@ -9,7 +9,7 @@ import importlib.util
 import pkgutil
 from importlib.abc import Loader
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import mmengine.config.config
 import mmengine.utils.package_utils
@@ -21,7 +21,7 @@ from mmengine.runner import checkpoint as runner_checkpoint
 from torch import nn
 
 from . import ops
-from .checkpoint import files, safe
+from .checkpoint import download, files, safe, zoo
 from .version import installed_version
 
 
@@ -47,16 +47,29 @@ def enable_safe_loading() -> None:
       writes plain data.
     - ``.safetensors`` files load wherever mmengine loads a checkpoint. Reason: mmengine cannot read them. Remove this when it
       can.
+    - ``zoo:CONFIG_NAME`` names the published weights of a config wherever mmengine loads a checkpoint.
     """
     torch.serialization.add_safe_globals(safe.safe_globals())
     for loader, prefixes in ((safe.load_from_local, ['']),
-                             (safe.load_from_http, ['http://', 'https://']),
+                             (download.load_from_http, ['http://', 'https://']),
                              (safe.load_from_pavi, ['pavi://']),
                              (safe.load_from_ceph, [r'(\S+\:)?s3://', r'(\S+\:)?petrel://']),
-                             (safe.load_from_openmmlab, ['open-mmlab://', 'openmmlab://'])):
+                             (download.load_from_openmmlab, ['open-mmlab://', 'openmmlab://'])):
         setattr(runner_checkpoint, loader.__name__, loader)  # the loaders of other schemes call these functions by name
         CheckpointLoader.register_scheme(prefixes=prefixes, loader=loader, force=True)
     CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=safe.load_from_safetensors, force=True)
+    CheckpointLoader.register_scheme(prefixes=zoo.PREFIX, loader=load_from_zoo, force=True)
+
+
+def load_from_zoo(filename: str, map_location: str | torch.device | None = None) -> Any:
+    """Loads the published weights of a config, ``zoo:CONFIG_NAME``, under today's names, which mmengine's own tools need.
+
+    Raises:
+        CheckpointError: if there are none, or if they cannot be downloaded.
+    """
+    from .converters import todays_checkpoint  # models, which need the operators that apply_patches() brings
+    address = zoo.find_address(filename)
+    return todays_checkpoint(download.load_from_http(address, map_location), address)
 
 
 def find_configs_of_forks() -> None:

@@ -42,15 +42,16 @@ import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('mmdet', 'mmseg', 'mmpretrain') or name == 'mmcv._ext':
+        if name.split('.')[0] in ('mmdet', 'mmseg', 'mmpretrain', 'timm') or name == 'mmcv._ext':
             raise ImportError(f'{name} is blocked')
 
 sys.meta_path.insert(0, Blocker())
 import revcol_mm
 from mmengine.registry import MODELS
-print(MODELS.build(dict(type='RevCol', arch=dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=2))).num_columns)
+print(MODELS.build(dict(type='RevCol', arch=dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=2))).num_columns,
+      revcol_mm.create_model('revcol_tiny', features_only=True).feature_info.channels())
 """)
-    assert (result.returncode, result.stdout.strip().splitlines()[-1:]) == (0, ['2']), result.stderr
+    assert (result.returncode, result.stdout.strip().splitlines()[-1:]) == (0, ['2 [64, 128, 256, 512]']), result.stderr
 
 
 def test_import_says_nothing_with_the_installed_versions():
@@ -165,7 +166,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_checkpoint_package_knows_no_model_and_the_engine_no_converter():
-    below = {'checkpoint': {'checkpoint', 'version'}, 'reversible': {'reversible'},
+    below = {'checkpoint': {'checkpoint', 'utils', 'version'}, 'reversible': {'reversible'},
              'models': {'models', 'reversible', 'checkpoint'}, 'engine': {'engine', 'reversible', 'checkpoint', 'version'}}
     for module, imported in imports_of_the_package().items():
         room = module.split('.')[1] if '.' in module else ''

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 
 from revcol_mm.analysis import cka, layercam, memory  # noqa: E402
 from revcol_mm.analysis.features import build_analysed  # noqa: E402
-from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.config import CHECKPOINT, add_config_options, load_config  # noqa: E402
 from revcol_mm.apis.errors import LaunchError, asking, plain_errors  # noqa: E402
 from revcol_mm.apis.inference import find_images, output_names, read_image  # noqa: E402
 from revcol_mm.checkpoint.files import check_folder, check_output, write_whole  # noqa: E402
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for command in (maps, similarity, growth):
         command.add_argument('config', help='config of a detector, a segmentor or a classifier with a network of columns')
     for command in (maps, similarity):
-        command.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
+        command.add_argument('checkpoint', help=CHECKPOINT)
 
     maps.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
     maps.add_argument('--class', dest='label', metavar='N', help='name or number of the class; default: the predicted one')

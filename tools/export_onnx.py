@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from revcol_mm.apis.checks import check_checkpoint  # noqa: E402
 from revcol_mm.apis.checks.model import check_heads  # noqa: E402
 from revcol_mm.apis.checks.report import Record  # noqa: E402
-from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.config import CHECKPOINT, add_config_options, load_config  # noqa: E402
 from revcol_mm.apis.errors import LaunchError, build_errors, plain_errors  # noqa: E402
 from revcol_mm.apis.inference import load_weights  # noqa: E402
+from revcol_mm.checkpoint.zoo import find_address  # noqa: E402
 from revcol_mm.export import backbone as backbones  # noqa: E402
 from revcol_mm.export import export_backbone, export_model, exported_net  # noqa: E402
 from revcol_mm.export import model as models  # noqa: E402
@@ -32,7 +33,7 @@ SIZES = dict(model=models.SIZES, backbone=backbones.SIZES)
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Export a model, or its RevCol backbone, to ONNX')
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
+    parser.add_argument('checkpoint', help=CHECKPOINT)
     parser.add_argument('--out', required=True, metavar='FILE', help='file.onnx')
     parser.add_argument('--part', choices=['model', 'backbone'], default='model', help='what to export; default: model')
     parser.add_argument('--opset', type=int, default=17, help='version of the operators, from 17; default: 17')
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
+    args.checkpoint = find_address(args.checkpoint, args.config)
     check_checkpoint(args.checkpoint, 'the command line')
     with build_errors(cfg), DefaultScope.overwrite_default_scope(cfg.get('default_scope')), warnings.catch_warnings():
         if cfg.get('data_preprocessor') and 'data_preprocessor' not in cfg.model:  # as mmpretrain's runner does

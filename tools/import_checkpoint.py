@@ -12,16 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-from revcol_mm.apis.config import load_config  # noqa: E402
+from revcol_mm.apis.config import load_named_config  # noqa: E402
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
 from revcol_mm.checkpoint import read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
+from revcol_mm.checkpoint.zoo import find_address  # noqa: E402
 from revcol_mm.converters import export_official, import_checkpoint  # noqa: E402
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Import a checkpoint of the authors' release")
-    parser.add_argument('checkpoint', help='path or URL: classifier, Cascade Mask R-CNN (mmdet 2) or UPerNet (mmseg 0.x)')
+    parser.add_argument('checkpoint', help='path, URL or zoo:CONFIG_NAME of a classifier, a Cascade Mask R-CNN (mmdet 2) or '
+                        'an UPerNet (mmseg 0.x)')
     parser.add_argument('--config', help='config, or the name of one of ours, of the model that will load it: names and shapes '
                         'are checked against it')
     parser.add_argument('--out', help='output, .pth or .safetensors. Default: NAME_mm.pth, or NAME_official.pth')
@@ -38,11 +40,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    config = load_named_config(args.config) if args.config else None
+    args.checkpoint = find_address(args.checkpoint, config and config.filename)
     stem, extension = os.path.splitext(os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint)
     out = args.out or f'{stem}_{"official" if args.to_official else "mm"}{extension}'
     check_output(out, args.checkpoint, args.force)
-    config = load_config(argparse.Namespace(config=args.config, cfg_options=None, launcher='none', work_dir=None, local_rank=0)
-                         ) if args.config else None
     checkpoint = read_checkpoint(args.checkpoint, logger='silent')
     if args.to_official:
         converted, report = export_official(checkpoint, args.checkpoint), f"the authors' names: {args.checkpoint}"

@@ -21,7 +21,7 @@ if __name__ == '__main__' and sys.argv[1:] and sys.argv[1].endswith('.onnx'):  #
     folder, = importlib.util.find_spec('revcol_mm').submodule_search_locations
     runpy.run_path(str(Path(folder) / 'runtime.py'), run_name='__main__')
 
-from revcol_mm.apis.config import add_config_options, load_config  # noqa: E402
+from revcol_mm.apis.config import CHECKPOINT, add_config_options, load_config  # noqa: E402
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
 from revcol_mm.apis.inference import Numbering, build_inferencer, find_images, predict  # noqa: E402
 from revcol_mm.checkpoint.files import check_folder  # noqa: E402
@@ -32,7 +32,7 @@ SOME_LEFT_OUT = 3
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Predict on images with a detector, a segmentor or a classifier')
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file or URL, of the whole model')
+    parser.add_argument('checkpoint', help=CHECKPOINT)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for images.json, predictions.json, pictures (vis/) '
                         'and, in segmentation, label maps (maps/)')

@@ -17,14 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
 from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
+from revcol_mm.checkpoint.zoo import find_address  # noqa: E402
 from revcol_mm.converters import PaddingReport, pad_checkpoint  # noqa: E402
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Pad the depthwise kernels of a RevCol checkpoint')
     parser.add_argument('checkpoint', nargs='?',
-                        help='.pth or .safetensors: a backbone, a classifier, a detector, a segmentor, with '
-                        'averaged weights and optimizer state if it has them')
+                        help='.pth or .safetensors (path, URL or zoo:CONFIG_NAME): a backbone, a classifier, a detector, '
+                        'a segmentor, with averaged weights and optimizer state if it has them')
     parser.add_argument('--size', type=_size_or_name, nargs='+', required=True, metavar='K',
                         help='new kernel sizes, odd; one file each')
     parser.add_argument('--out', help="output; '{size}' in it stands for the kernel size. Default: CHECKPOINT_kK.pth beside it")
@@ -72,6 +73,7 @@ def describe(report: PaddingReport, output: str) -> str:
 @plain_errors()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    args.checkpoint = find_address(args.checkpoint)
     outputs = {size: output_name(args, size) for size in args.size}
     paths = [*outputs.values(), *([args.report] if args.report else [])]
     targets = set()

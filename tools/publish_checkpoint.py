@@ -12,16 +12,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
+from revcol_mm.checkpoint.zoo import find_address  # noqa: E402
 from revcol_mm.converters import publish_checkpoint  # noqa: E402
 
 
 @plain_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Publish a checkpoint')
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('checkpoint', help='checkpoint file, URL or zoo:CONFIG_NAME')
     parser.add_argument('--out', help='output without the hash, .pth or .safetensors. Default: the name of the checkpoint')
     parser.add_argument('--force', action='store_true', help='replace outputs that exist')
     args = parser.parse_args(argv)
+    args.checkpoint = find_address(args.checkpoint)
     path, sidecar, description = publish_checkpoint(args.checkpoint, args.out, args.force)
     print(json.dumps(description, indent=2, default=str))
     print(f'written: {path}, {sidecar}')

@@ -13,6 +13,10 @@ from ..utils.configs import config_path
 from .checks.options import check_options
 from .errors import PACKAGES, LaunchError
 
+#: What the tools say of their argument CHECKPOINT.
+CHECKPOINT = ("file or URL of the whole model, also of the authors' release; zoo: what the model index names for the config; "
+              'zoo:NAME: what it names for another config')
+
 
 class _Settings(DictAction):
     """mmengine's action, with an error message for a setting that is not KEY=VALUE."""
@@ -39,6 +43,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
+
+
+def load_named_config(name: str) -> Config:
+    """Reads a config by its path, or by its name in this package, as :func:`load_config` does."""
+    return load_config(argparse.Namespace(config=name, cfg_options=None, launcher='none', work_dir=None, local_rank=0))
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -31,6 +31,8 @@ from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
 from ..checkpoint.safe import some
+from ..checkpoint.zoo import find_address
+from ..converters import todays_checkpoint
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
 from .checks.common import class_of, settings_of_leaves
 from .checks.model import check_heads, check_sliding_window
@@ -49,7 +51,7 @@ def load_weights(model: nn.Module, checkpoint: str) -> Mapping[str, Any]:
 
     Args:
         model (nn.Module): a whole detector, segmentor or classifier.
-        checkpoint (str): path or URL.
+        checkpoint (str): path or URL, also of a file of the authors' code, which is converted.
 
     Returns:
         Mapping: the checkpoint's ``meta``, {} if it has none.
@@ -59,9 +61,10 @@ def load_weights(model: nn.Module, checkpoint: str) -> Mapping[str, Any]:
         CheckpointError: if it cannot be read, holds unusable weights, or weights with other names or shapes.
     """
     check_checkpoint(checkpoint, 'the command line')
-    contents = read_checkpoint(checkpoint, logger=None)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    contents = todays_checkpoint(read_checkpoint(checkpoint, logger=None), checkpoint, shapes, log=True)
     weights, meta = find_state_dict(contents, checkpoint)[0], find_meta(contents, checkpoint)
-    differences = find_differences({key: value.shape for key, value in model.state_dict().items()}, weights, checkpoint)
+    differences = find_differences(shapes, weights, checkpoint)
     if differences:
         raise CheckpointError(f"{checkpoint} does not fit the config's {type(model).__name__}: {differences}")
     check_weights(weights, checkpoint)
@@ -69,12 +72,13 @@ def load_weights(model: nn.Module, checkpoint: str) -> Mapping[str, Any]:
     return meta
 
 
-def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, deploy: bool = False):
+def build_inferencer(cfg: Config, checkpoint: str | None, device: str | None = None, deploy: bool = False):
     """The inferencer of the config's package, with the checkpoint's weights.
 
     Args:
         cfg (Config): from :func:`revcol_mm.apis.load_config`.
-        checkpoint (str): path or URL of a whole model.
+        checkpoint (str | None): path or URL of a whole model, also a file of the authors' code; ``zoo``, what the model index
+            names for the config; ``zoo:NAME``, for another config; or None, random weights.
         device (str | None): Default: None, a GPU if there is one.
         deploy (bool): fold the backbone (:meth:`RevCol.switch_to_deploy`). Default: False.
 
@@ -90,7 +94,9 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
     scope = cfg.get('default_scope')
     if scope not in PACKAGES:
         raise LaunchError(f'default_scope must be one of {", ".join(PACKAGES)} for inference, but got {scope!r}')
-    check_checkpoint(checkpoint, 'the command line')
+    if checkpoint is not None:
+        checkpoint = find_address(checkpoint, cfg.filename)
+        check_checkpoint(checkpoint, 'the command line')
     device = device or get_device()
     check_device(device)
     cfg = with_test_set(cfg)
@@ -108,7 +114,7 @@ def build_inferencer(cfg: Config, checkpoint: str, device: str | None = None, de
         else:
             from mmpretrain import ImageClassificationInferencer
             inferencer = ImageClassificationInferencer(model=cfg, pretrained=False, device=device)
-    meta = load_weights(inferencer.model, checkpoint)
+    meta = {} if checkpoint is None else load_weights(inferencer.model, checkpoint)
     classes, palette = _classes_and_palette(cfg, meta, scope)
     check_heads(inferencer.model, [Record(tuple(classes))] if classes else [], 'the checkpoint or the data set')
     check_sliding_window(inferencer.model)
@@ -266,6 +272,13 @@ def output_names(paths: Sequence[str]) -> list[str]:
 
 # Predictions -----------------------------------------------------------------------------------------------------------------
 
+def predict_sample(inferencer, image: str | np.ndarray):
+    """Predicts on one image, given by its file or its pixels, (H, W, 3) BGR, and returns the package's data sample."""
+    batch, = inferencer.preprocess([image])
+    sample, = inferencer.forward(batch[1] if type(inferencer).__name__ == 'DetInferencer' else batch)  # mmdet's has images, too
+    return sample.cpu()
+
+
 def predict_image(inferencer, path: str, image: np.ndarray, draw: bool = True, score_thr: float = 0.3
                   ) -> tuple[list[dict], np.ndarray | None, np.ndarray | None]:
     """Predicts on one image.
@@ -282,9 +295,7 @@ def predict_image(inferencer, path: str, image: np.ndarray, draw: bool = True, s
         segmentation only; and the picture, (H, W, 3) BGR.
     """
     kind = type(inferencer).__name__
-    batch, = inferencer.preprocess([path])
-    sample, = inferencer.forward(batch[1] if kind == 'DetInferencer' else batch)  # mmdet's has the image in front
-    sample = sample.cpu()
+    sample = predict_sample(inferencer, path)
     if kind == 'ImageClassificationInferencer':
         picture = _draw_class(inferencer, image, sample) if draw else None
         return _class_results(sample), None, picture

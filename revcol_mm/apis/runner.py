@@ -21,6 +21,7 @@ from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import compare_kernels
 from ..checkpoint.loading import find_differences
 from ..checkpoint.safe import some
+from ..converters import todays_checkpoint
 from ..engine.workers import WorkersEndWithTraining
 from .checks import place_of_backbones
 from .cpu import fit_to_cpu
@@ -33,7 +34,7 @@ class CheckedLoading:
 
     mmengine's runners load the weights that fit, and only warn of the others. A run that tests or resumes needs all weights. A
     training that starts from ``load_from`` needs some: heads for other classes may differ, and mmengine logs what is left out.
-    A file of weights alone, such as a ``.safetensors`` file, is a checkpoint, too.
+    A file of weights alone, such as a ``.safetensors`` file, is a checkpoint, too, and so is a file of the authors' code.
     """
 
     #: Whether the checkpoint and the model must have the same weights.
@@ -41,7 +42,7 @@ class CheckedLoading:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.register_hook(_WeightsAlone())
+        self.register_hook(_TodaysContents())
 
     def load_or_resume(self) -> None:
         """As mmengine's."""
@@ -82,18 +83,24 @@ class CheckedLoading:
             model = model.module
         return model
 
+    def own_shapes(self) -> Mapping[str, torch.Size] | None:
+        """Names and shapes of the model's weights; None for a model that another strategy than ours has sharded."""
+        own = getattr(getattr(self, 'strategy', None), 'shapes', None)
+        if own is None and not isinstance(self.model, FSDP):
+            own = {key: value.shape for key, value in self._model().state_dict().items()}
+        return own
+
     def _shapes_and_weights(self, filename: str) -> tuple[Mapping[str, torch.Size], dict[str, Tensor]]:
         """The shapes of the model's weights, and the weights of a file without their values, under the model's names.
 
         Both are empty where they cannot be compared: for a folder of FSDP's, and for a model that another strategy than ours
         has sharded, whose shapes are those of the shards.
         """
-        own = getattr(getattr(self, 'strategy', None), 'shapes', None)
-        if osp.isdir(filename) or (own is None and isinstance(self.model, FSDP)):
+        own = self.own_shapes()
+        if osp.isdir(filename) or own is None:
             return {}, {}
         model = self._model()
-        own = own or {key: value.shape for key, value in model.state_dict().items()}
-        content = read_checkpoint(filename, map_location='meta', logger=None)
+        content = todays_checkpoint(read_checkpoint(filename, map_location='meta', logger=None), filename, own)
         weights = {key.removeprefix('module.'): value for key, value in content.get('state_dict', content).items()}
         # Some models rename weights while they load them, as mmdet's teachers and students do. Meta tensors are not copied.
         model._load_from_state_dict(weights, '', {}, False, [], [], [])
@@ -110,12 +117,16 @@ class CheckedLoading:
             raise CheckpointError(f'{filename} has {kernels}')
 
 
-class _WeightsAlone(Hook):
-    """Puts the weights of a file that holds nothing else where mmengine's strategies and EMAHook look for them."""
+class _TodaysContents(Hook):
+    """Converts files of the authors' code, and puts weights that are alone where mmengine looks for them."""
 
     priority = 'HIGHEST'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        todays = todays_checkpoint(checkpoint, 'the checkpoint', runner.own_shapes() or (), log=True)
+        if todays is not checkpoint:
+            checkpoint.clear()
+            checkpoint.update(todays)
         if 'state_dict' not in checkpoint:
             weights = copy.copy(checkpoint)
             checkpoint.clear()

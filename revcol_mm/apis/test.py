@@ -8,6 +8,7 @@ from typing import Sequence
 from mmengine.config import Config
 from mmengine.registry import METRICS
 
+from ..checkpoint.zoo import find_address
 from .checks import (
     check_checkpoint,
     check_class_folders,
@@ -17,7 +18,7 @@ from .checks import (
     find_file_classes,
     find_model_classes,
 )
-from .config import add_run_arguments, load_config
+from .config import CHECKPOINT, add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel
 from .pictures import name_pictures_apart
@@ -29,7 +30,7 @@ def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of ``tools/test.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Tests a detector, a segmentor or a classifier, and prints its metrics')
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file or URL, or an ONNX file of the whole model')
+    parser.add_argument('checkpoint', help=f'{CHECKPOINT}, or an ONNX file')
     parser.add_argument('--out', help='file.pkl for the predictions; in segmentation also a folder for label maps')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument('--show-dir', help='folder for images with drawn predictions')
@@ -60,6 +61,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     missing = [key for key in ('test_dataloader', 'test_evaluator') if not cfg.get(key)]
     if missing:
         raise LaunchError(f'{args.config} must have test_dataloader and test_evaluator, but has no {" and no ".join(missing)}')
+    args.checkpoint = find_address(args.checkpoint, args.config)
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced
     reporter = None

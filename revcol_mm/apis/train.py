@@ -7,6 +7,7 @@ from typing import Sequence
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 
+from ..checkpoint.zoo import find_address
 from ..engine import CurvesHook
 from .checks import check_checkpoint, check_class_folders, check_data, check_pretrained, check_run, check_settings, rehearse
 from .config import add_run_arguments, load_config
@@ -60,6 +61,12 @@ def train(argv: Sequence[str] | None = None) -> None:
         _set_auto_scale_lr(cfg, args.config)
     _set_resume(cfg, args.resume)
     resume = cfg.get('resume', False)
+    if cfg.get('load_from'):
+        address = find_address(cfg.load_from, args.config)
+        if resume and address != cfg.load_from:
+            raise LaunchError(f'a training can be resumed only from a checkpoint of a training, but {cfg.load_from} stands for '
+                              f'weights alone. To start a training from them: --cfg-options load_from={cfg.load_from}')
+        cfg.load_from = address
     check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from', resume)
     check_settings(cfg, ('train', 'val'))
     check_data(cfg, ('train', 'val'))

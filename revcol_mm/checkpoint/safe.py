@@ -3,28 +3,22 @@
 
 :mod:`revcol_mm.patches` replaces mmengine's loaders by those of this module.
 """
-import hashlib
 import io
 import os
 import pickle
 import struct
-import sys
 import tempfile
 from argparse import Namespace
 from collections import OrderedDict
 from types import ModuleType
 from typing import Any, Iterable
-from urllib.error import URLError
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.dist import get_dist_info
 from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import scheduler
 from mmengine.runner import CheckpointLoader
-from mmengine.runner import checkpoint as runner_checkpoint
 
 try:
     from numpy._core import multiarray
@@ -115,19 +109,6 @@ def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petr
     return torch.load(io.BytesIO(contents), map_location=map_location, weights_only=True)
 
 
-def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
-    """Loads a pre-trained model of OpenMMLab by name, ``open-mmlab://…`` or ``openmmlab://…``.
-
-    Raises:
-        KeyError: if mmengine does not know the name.
-    """
-    name = filename.partition('://')[2]
-    address = runner_checkpoint.get_external_models()[runner_checkpoint.get_deprecated_model_names().get(name, name)]
-    if address.startswith(('http://', 'https://')):
-        return load_from_http(address, map_location)
-    return load_from_local(os.path.join(runner_checkpoint._get_mmengine_home(), address), map_location)
-
-
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Loads a file. Raises CheckpointError if it is damaged, if it has another format, or if safetensors is not installed."""
     safetensors = import_safetensors()
@@ -148,43 +129,17 @@ def import_safetensors() -> ModuleType:
     return safetensors
 
 
-def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
-    """Downloads a file into torch's cache, if it is not there yet, and loads it. In a distributed run, process 0 downloads.
-
-    mmengine's further arguments are ignored.
-
-    Raises:
-        URLError: if the file cannot be downloaded. The errors of :func:`load_from_local` are raised too.
-    """
-    rank, world_size = get_dist_info()
-    if rank == 0:
-        _download(filename)
-    if world_size > 1:
-        torch.distributed.barrier()
-    path = _download(filename)  # downloads again on a machine that does not share the cache of process 0
-    if path.endswith('.safetensors'):
-        return load_from_safetensors(path, map_location)
-    return load_from_local(path, map_location)
-
-
-def _download(url: str) -> str:
-    """Returns the path in torch's cache. A hash of the URL separates files of one name, such as ``best.pth`` of two runs."""
-    stem, extension = os.path.splitext(os.path.basename(urlparse(url).path))
-    name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
-    path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        print(f'Downloading {url} to {path}', file=sys.stderr)
-        torch.hub.download_url_to_file(url, path, progress=os.isatty(2))
-    return path
+def is_local(filename: str) -> bool:
+    """Whether this is a path: no URL, no ``zoo:NAME``, nor another address with a scheme."""
+    return '://' not in filename and not filename.startswith('zoo:')
 
 
 def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', logger: str | None = 'current') -> Any:
     """Reads a checkpoint without running code from it.
 
     Args:
-        filename (str): a path, a URL or another address that mmengine's ``CheckpointLoader`` knows, of a file in torch's format
-            or in safetensors.
+        filename (str): a path, a URL, ``zoo:CONFIG_NAME`` or another address that mmengine's ``CheckpointLoader`` knows, of a
+            file in torch's format or in safetensors.
         map_location (str | torch.device): device of the tensors. Default: 'cpu'.
         logger (str | None): mmengine's logger for the line that names the file. Default: 'current'.
 
@@ -196,14 +151,12 @@ def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', log
         CheckpointError: if the file is empty, damaged, not a checkpoint, contains code, or cannot be downloaded.
     """
     filename = str(filename)
-    if '://' not in filename and os.path.getsize(_local_path(filename)) == 0:
+    if is_local(filename) and os.path.getsize(_local_path(filename)) == 0:
         raise CheckpointError(f'{filename} is empty, so it is not a checkpoint: copy or download it again')
     try:
         return CheckpointLoader.load_checkpoint(filename, map_location=map_location, logger=logger)
     except pickle.UnpicklingError as error:
         raise _explain(filename, str(error)) from None
-    except URLError as error:
-        raise CheckpointError(f'{filename} could not be downloaded: {error}; download it yourself and give its path') from None
     except (CheckpointError, PermissionError):
         raise
     except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,

@@ -2,12 +2,15 @@
 """Converts the authors' released files to files that today's mmdet, mmseg and mmpretrain load strictly, and back."""
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, Mapping
+from typing import Any, Collection, Mapping
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
+from torch import Tensor
 
-from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict, strip_module
+from ..checkpoint.kernels import kernels_of
+from ..checkpoint.loading import WRAPPINGS, check_weights, find_differences, find_meta, find_state_dict, strip_module
 from ..checkpoint.names import (
     LAST_CLASSIFIER,
     count_dtypes,
@@ -20,6 +23,8 @@ from ..checkpoint.names import (
 from ..checkpoint.safe import CheckpointError, some
 from ..utils.configs import build_on_meta
 from .backbone import Backbone, find_backbone
+
+CLASSIFIERS = ('cls.', 'cls_blocks.', 'decoder_blocks.')  # what the authors' classifiers hold beside the backbone
 
 
 @dataclass
@@ -98,19 +103,14 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
     plain = strip_module(weights)
     find_backbone(plain, filename)
     check_weights(plain, filename)
-    names = todays_names(plain, filename)
+    if config is not None:
+        config = Config.fromfile(config) if isinstance(config, str) else config
+    expected = {} if config is None else model_shapes(config)
+    names = _new_names(plain, filename, expected)
     dropped = [old for old, new in names.items() if new is None]
     converted = OrderedDict((new, plain[old]) for old, new in names.items() if new is not None)
     missing = []
     if config is not None:
-        config = Config.fromfile(config) if isinstance(config, str) else config
-        expected = model_shapes(config)
-        if LAST_CLASSIFIER + 'classifier.1.weight' in converted and 'head.cls.classifier.1.weight' in expected:
-            single = OrderedDict((key.replace(LAST_CLASSIFIER, 'head.cls.'), value) for key, value in converted.items()
-                                 if key.startswith(('backbone.', LAST_CLASSIFIER)))
-            names = {old: new and new.replace(LAST_CLASSIFIER, 'head.cls.') for old, new in names.items()}
-            dropped += [old for old, new in names.items() if new is not None and new not in single]
-            converted = single
         differences = find_differences(expected, converted, filename)
         if differences:
             raise CheckpointError(f'{filename} does not fit {_name(config)}: {differences}. Give the config of its model')
@@ -126,6 +126,62 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
         [f'{key} (averaged weights: ema takes them)' if key == 'state_dict_ema' else str(key) for key in others], missing)
     origin = dict(wrapping=wrapping, module=list(plain) != list(weights), dropped=bool(dropped), task=report.task)
     return dict(meta=dict(revcol_mm=origin, **meta), state_dict=converted), report
+
+
+def is_official(checkpoint: Any) -> bool:
+    """Whether a file is one of the authors' code: a RevCol as their classification code, mmdet 2 or mmseg 0.x saves it.
+
+    A backbone alone has the same names in their code and in this package; without the wrapping ``{'model': …}`` it does not
+    count.
+    """
+    if not isinstance(checkpoint, Mapping):
+        return False
+    for wrapping in (*WRAPPINGS, None):
+        weights = checkpoint.get(wrapping) if wrapping else checkpoint
+        if isinstance(weights, Mapping) and kernels_of(weights):
+            break
+    else:
+        return False
+    names, meta = set(map(str, strip_module(weights))), checkpoint.get('meta')
+    if not any(name.startswith('backbone.') for name in names):
+        return wrapping == 'model' or any(name.startswith(CLASSIFIERS) for name in names)
+    return isinstance(meta, Mapping) and 'mmengine_version' not in meta and any(
+        key in meta for key in ('CLASSES', 'mmdet_version', 'mmseg_version', 'mmcv_version'))
+
+
+def todays_checkpoint(checkpoint: Any, filename: str, names: Collection[str] = (), log: bool = False) -> Any:
+    """Returns a checkpoint under today's names: a file of the authors' code is converted, any other is returned as it is.
+
+    Values are not looked at, so that the weights may be on the meta device.
+
+    Args:
+        checkpoint (Any): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
+        filename (str): name of the file in messages.
+        names (Collection[str]): names of the weights of the model that will load it. If it has a single classifier, that is
+            the last one of intermediate supervision. Default: ().
+        log (bool): whether to log that the file is converted. Default: False.
+
+    Raises:
+        CheckpointError: if the file is one of the authors' code, but holds weights of no known kind.
+    """
+    if not is_official(checkpoint):
+        return checkpoint
+    weights = strip_module(find_state_dict(checkpoint, filename)[0])
+    converted = {new: weights[old] for old, new in _new_names(weights, filename, names).items() if new is not None}
+    if log:
+        print_log(f"{filename} is a file of the authors' code: its {len(converted)} weights were converted to today's names",
+                  logger='current')
+    return dict(meta=find_dataset_meta(checkpoint, filename), state_dict=OrderedDict(converted))
+
+
+def _new_names(weights: Mapping[str, Tensor], filename: str, expected: Collection[str]) -> dict[str, str | None]:
+    """Returns {name in the file: name in a model that has the expected names, None for a weight that it does not have}."""
+    names = todays_names(weights, filename)
+    if LAST_CLASSIFIER + 'classifier.1.weight' in names.values() and 'head.cls.classifier.1.weight' in expected:
+        for old, new in names.items():
+            if new is not None and not new.startswith('backbone.'):
+                names[old] = new.replace(LAST_CLASSIFIER, 'head.cls.') if new.startswith(LAST_CLASSIFIER) else None
+    return names
 
 
 def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoint') -> dict[str, Any]:

@@ -46,6 +46,20 @@ def patch_norm(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, size, stride=size), LayerNorm2d(out_channels, eps=1e-6))
 
 
+class Classifier(nn.Module):
+    """Global average pool, LayerNorm, Linear: (N, C, H, W) -> (N, num_classes)."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(nn.LayerNorm(in_channels, eps=1e-6), nn.Linear(in_channels, num_classes))
+
+    def pool(self, x: Tensor) -> Tensor:
+        return self.classifier[0](x.mean((-2, -1)))  # (N, C, H, W) -> (N, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier[1](self.pool(x))
+
+
 class ConvNeXtBlock(nn.Module):
     """Depthwise k×k convolution, LayerNorm, Linear C→4C, GELU, Linear 4C→C, LayerScale, DropPath, residual.
 

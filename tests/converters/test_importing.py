@@ -15,6 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, publish_checkpoint, read_checkpoint
+from revcol_mm.converters import is_official, todays_checkpoint
 from revcol_mm.models import RevCol, RevColC2f, RevColViT
 from tests.common import CONFIGS, DATA, load_tool
 
@@ -529,3 +530,23 @@ def test_publishing_refuses_with_a_sentence_and_leaves_nothing(tmp_path):
 def test_the_errors_of_the_library_name_the_file():
     with pytest.raises(CheckpointError, match='my.pth holds no weights'):
         import_checkpoint({'model': 3}, filename='my.pth')
+
+
+@pytest.mark.parametrize('kind', RELEASED)
+def test_what_is_converted_while_it_is_loaded_is_what_an_import_writes(tmp_path, kind):
+    contents = RELEASED[kind]()
+    assert is_official(contents)
+    imported = import_checkpoint(contents)[0]
+    todays = todays_checkpoint(contents, 'x.pth')
+    assert list(todays['state_dict']) == list(imported['state_dict'])
+    assert all(todays['state_dict'][name] is value for name, value in imported['state_dict'].items())
+    assert todays['meta'] == {key: value for key, value in imported['meta'].items() if key != 'revcol_mm'}
+    for own in (todays, imported, imported['state_dict']):  # and no file is converted twice
+        assert not is_official(own) and todays_checkpoint(own, 'x.pth') is own
+
+
+def test_a_backbone_of_this_package_and_other_networks_are_not_converted():
+    backbone = official('tiny', heads=None)
+    for own in (backbone, dict(state_dict=backbone), dict(model={'conv.weight': torch.zeros(1)}), [1], {},
+                dict(meta=dict(CLASSES=('a', )), state_dict={'backbone.conv1.weight': torch.zeros(1)})):
+        assert todays_checkpoint(own, 'x.pth') is own

@@ -13,6 +13,8 @@ from mmengine.config import Config
 
 from ...checkpoint import read_checkpoint
 from ...checkpoint.files import check_bytes
+from ...checkpoint.safe import is_local
+from ...converters import is_official
 from ..errors import LaunchError
 
 #: Files and folders of well-known data sets below their ``data_root``.
@@ -46,7 +48,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
             if not any(paths) and root:
                 paths = ['']
             for path in paths:
-                path = path if path is None or _is_remote(path) else osp.join(root, path)
+                path = path if path is None or not is_local(path) else osp.join(root, path)
                 if _is_missing(path):
                     raise LaunchError(_describe_missing_data(path, key, dataset, section))
         evaluators = cfg.get(f'{loader}_evaluator') or []
@@ -112,12 +114,8 @@ def _datasets(dataset, key: str) -> Iterator[tuple[str, dict]]:
         yield key, dataset
 
 
-def _is_remote(path: str) -> bool:
-    return '://' in path
-
-
 def _is_missing(path: str | None) -> bool:
-    return bool(path) and not _is_remote(path) and not osp.exists(path)
+    return bool(path) and is_local(path) and not osp.exists(path)
 
 
 def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> str:
@@ -173,7 +171,7 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
         LaunchError: if it does not exist, or is a file of which mmengine would load nothing and only warn.
         CheckpointError: if it cannot be read, or its bytes are not those that were written.
     """
-    if not path or _is_remote(path):
+    if not path or not is_local(path):
         return
     if osp.isdir(osp.expanduser(path)):
         _check_folder(osp.expanduser(path), argument)
@@ -183,7 +181,8 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     content = read_checkpoint(path, map_location='meta', logger=None)
     check_bytes(osp.expanduser(path))
     keys = list(content) if isinstance(content, dict) else []
-    if 'state_dict' not in keys and not (keys and all(isinstance(content[key], torch.Tensor) for key in keys)):
+    alone = bool(keys) and all(isinstance(content[key], torch.Tensor) for key in keys)
+    if 'state_dict' not in keys and not alone and not is_official(content):
         found = ', '.join(map(str, keys[:5])) or f'a {type(content).__name__}'
         raise LaunchError(f'{path} must be a checkpoint of a whole model, with a state_dict, but holds {found}. '
                           + place_of_backbones(path))

@@ -10,24 +10,10 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
-from ..layers import ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights
+from ..layers import Classifier, ConvNeXtBlock, LayerNorm2d, check_positive_int, init_weights
 
 #: With more classes, as in ImageNet-22K, the decoders are a single projection (appendix D.1).
 MAX_CLASSES_OF_PYRAMID_DECODER = 1000
-
-
-class Classifier(nn.Module):
-    """Global average pool, LayerNorm, Linear: (N, C, H, W) -> (N, num_classes)."""
-
-    def __init__(self, in_channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.classifier = nn.Sequential(nn.LayerNorm(in_channels, eps=1e-6), nn.Linear(in_channels, num_classes))
-
-    def pool(self, x: Tensor) -> Tensor:
-        return self.classifier[0](x.mean((-2, -1)))  # (N, C, H, W) -> (N, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier[1](self.pool(x))
 
 
 class PyramidDecoder(nn.Module):
