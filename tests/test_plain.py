@@ -140,6 +140,7 @@ def test_kernels_are_padded_on_request(released, images):
     torch.testing.assert_close(larger(images), plain(images), rtol=1e-3, atol=1e-3)  # the border has values of 1e-7
 
 
+@pytest.mark.slow
 def test_the_example_of_torchvisions_faster_rcnn_trains_and_predicts(released):
     spec = importlib.util.spec_from_file_location('example', ROOT / 'examples' / 'torchvision_faster_rcnn.py')
     example = importlib.util.module_from_spec(spec)

@@ -113,6 +113,6 @@ def _name_of(config: str | None) -> str:
     own = config_folder() / path.name
     if config and path.suffix == '.py' and own.is_file() and filecmp.cmp(path, own, shallow=False):  # another checkout's, too
         return path.stem
-    raise CheckpointError(f'the checkpoint {NAME!r} stands for the weights of a config of this package, but '
-                          + (f'{config} is none' if config else 'no config is given')
+    raise CheckpointError(f'the checkpoint {NAME!r} stands for the weights of a config that the model index lists, but '
+                          + (f'{config} is not one of them' if config else 'no config is given')
                           + f': name the config whose weights you want, for example {PREFIX}cascade_rcnn_revcol_t')

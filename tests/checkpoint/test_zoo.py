@@ -99,7 +99,7 @@ def test_zoo_alone_stands_for_the_weights_of_the_config_beside_it(tmp_path):
     copy.write_bytes((CONFIGS / 'revcol_t_in1k.py').read_bytes())
     assert find_address('zoo', str(copy)) == URL
     copy.write_text('model = dict()')
-    with pytest.raises(CheckpointError, match=f'{copy} is none: name the config whose weights you want'):
+    with pytest.raises(CheckpointError, match=f'{copy} is not one of them: name the config whose weights you want'):
         find_address('zoo', str(copy))
     with pytest.raises(CheckpointError, match='no config is given'):
         find_address('zoo')
