@@ -51,12 +51,13 @@ def test_every_validation_renews_the_picture_of_what_was_logged(tmp_path, monkey
     assert [step for step, _ in train['loss']] == [1, 2, 3, 4] and {value for _, value in train['lr']} == {1e-3}
     assert [value for _, value in train['loss']] == pytest.approx(
         runner.message_hub.get_scalar('train/loss').data[0].tolist(), rel=1e-3)
-    assert val['made_up/score'] == [(1, 0.5), (2, 0.5)]
+    assert val['made_up/score'] == [(2, 0.5), (4, 0.5)]
 
 
 def test_a_resumed_run_replaces_the_iterations_that_it_repeats(tmp_path):
-    lines = dict(first=[dict(lr=1, loss=4., step=1), dict(lr=1, loss=3., step=2), dict(score=0.1, step=1)],
-                 second=[dict(lr=1, loss=2., step=2), dict(score=0.2, step=2)])
+    lines = dict(first=[dict(lr=1, loss=4., step=1), dict(score=0.1, step=0),
+                        dict(lr=1, loss=3., step=2), dict(score=0.3, step=0)],
+                 second=[dict(lr=1, loss=2., step=2), dict(score=0.2, step=0)])
     for name, entries in lines.items():
         (tmp_path / name).write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
     train, val = read_scalars([tmp_path / 'first', tmp_path / 'second'])

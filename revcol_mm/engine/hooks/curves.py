@@ -69,15 +69,19 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
             earlier ones from its first iteration on.
 
     Returns:
-        tuple[dict, dict]: the values of the training iterations and of the validations, as (step, value) by name. The step of
-        a training value is its iteration; that of a validation is the epoch, or the iteration in a training by iterations.
+        tuple[dict, dict]: the values of the training and of the validations, as (iteration, value) by name. mmengine writes the
+        epoch to a validation, which is 0 in a training by iterations; here it is the iteration that was logged before it.
     """
     train, val = [], []
     for file in files:
-        entries = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
-        here = [[entry for entry in entries if ('lr' in entry) is training and 'step' in entry] for training in (True, False)]
+        here, iteration = ([], []), 0
+        for line in file.read_text(encoding='utf-8').splitlines():
+            entry = json.loads(line)
+            if 'lr' in entry:
+                iteration = entry['step']
+            here['lr' not in entry].append(dict(entry, step=iteration))
+        first = min((entry['step'] for entry in here[0]), default=math.inf)
         for kept, new in zip((train, val), here):
-            first = min((entry['step'] for entry in new), default=math.inf)
             kept[:] = [entry for entry in kept if entry['step'] < first] + new
     curves: tuple[Curves, Curves] = defaultdict(list), defaultdict(list)
     for found, entries in zip(curves, (train, val)):
@@ -108,7 +112,7 @@ def draw_curves(path: str, train: Curves, val: Curves) -> None:
     for axis, (title, curves) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
         for name, curve in curves.items():
             axis.plot(*zip(*curve), label=name, linewidth=2 if name == 'loss' else 1, marker='.' if len(curve) < 30 else None)
-        axis.set(ylabel=title, xlabel='epoch or iteration of the validation' if title == 'validation' else 'iteration')
+        axis.set(ylabel=title, xlabel='iteration')
         axis.grid(alpha=0.3)
         if len(curves) <= MOST_NAMES:
             axis.legend(fontsize=7)
