@@ -7,7 +7,7 @@ endif
 
 RUN := .venv/bin/python
 # Two test processes with one thread each are faster on two cores than one process with two threads.
-TEST := -m pytest -n 2 --durations=40
+TEST := -m pytest -n 2 --dist worksteal --durations=40
 
 .PHONY: demo demo-pretrain demo-seg demo-cls test test-slow test-mmcv test-onedl docs lint setup setup-mmcv setup-onedl python clean
 

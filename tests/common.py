@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Iterable
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
@@ -58,6 +59,7 @@ def live_bytes(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tu
     Returns:
         tuple[int, int]: bytes held between the two passes, and at the peak. What lived before does not count.
     """
+    gc.collect()  # what earlier tests have left would count as freed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = forward()
         gc.collect()
@@ -72,6 +74,22 @@ def live_bytes(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tu
         elif event.name() == 'between the passes':
             between = held
     return between, peak
+
+
+def mostly_slow(cases: Iterable, quick: Iterable) -> list:
+    """Parameters of a test, of which ``make test`` runs the quick ones, and ``make test-slow`` the others.
+
+    Args:
+        cases (Iterable): values, or tuples of them.
+        quick (Iterable): the cases, or their first values, that run every time.
+    """
+    quick = tuple(quick)
+    marked = []
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case, )
+        often = case in quick or values[0] in quick
+        marked.append(pytest.param(*values, marks=[] if often else [pytest.mark.slow]))
+    return marked
 
 
 def load_tool(name: str) -> ModuleType:

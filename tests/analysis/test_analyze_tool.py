@@ -15,7 +15,7 @@ from revcol_mm.apis.config import load_config
 from revcol_mm.apis.inference import predict_image, read_image
 from revcol_mm.datasets import make_digits
 from revcol_mm.utils.memory import count_step
-from tests.common import CONFIGS, load_tool
+from tests.common import CONFIGS, load_tool, mostly_slow
 from tests.export.demo import spread_scores
 
 analyze = load_tool('analyze')
@@ -79,7 +79,7 @@ def sentence(*arguments) -> str:
     return end.value.code
 
 
-@pytest.mark.parametrize('name', MODELS_OF)
+@pytest.mark.parametrize('name', mostly_slow(MODELS_OF, ['cascade', 'upernet', 'classifier']))
 def test_the_explained_score_is_that_of_the_prediction_and_its_maps_are_there(here, name):
     inferencer = build_analysed(read(name), checkpoint_of(here, name), 'cpu')
     path = image_of(here)
@@ -103,7 +103,7 @@ def test_the_explained_score_is_that_of_the_prediction_and_its_maps_are_there(he
         assert found.label == results[0]['category_id']
 
 
-@pytest.mark.parametrize('name', ['cascade', 'vit'])
+@pytest.mark.parametrize('name', mostly_slow(['cascade', 'vit'], ['cascade']))
 def test_a_box_a_class_and_the_mask_choose_the_detection(here, name):
     inferencer = build_analysed(read(name), checkpoint_of(here, name), 'cpu')
     path = image_of(here)
@@ -151,7 +151,7 @@ def test_cka_writes_the_same_numbers_whatever_the_batch(here, tmp_path):
     assert all((tmp_path / '7' / f'{name}.png').is_file() for name in ('cka', 'between'))
 
 
-@pytest.mark.parametrize('name', ['cascade', 'upernet', 'vit'])
+@pytest.mark.parametrize('name', mostly_slow(['cascade', 'upernet', 'vit'], ['cascade', 'upernet']))
 def test_the_labels_of_a_detection_or_segmentation_set_are_counts_or_areas(here, name, tmp_path, capsys):
     from revcol_mm.analysis.cka import find_images
     images = find_images(read(name), ['val'])
@@ -171,6 +171,7 @@ def test_the_labels_of_a_detection_or_segmentation_set_are_counts_or_areas(here,
     assert 'fewer images than --block 256: all 8 of them are one block' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_counts_what_a_step_of_the_backbone_keeps(here, tmp_path, capsys):
     run('memory', config_of('plain_classifier'), '--shape', 64, 64, '--batch', 2, '--columns', 4, 2, '--out', tmp_path)
     found = json.loads((tmp_path / 'memory.json').read_text())
@@ -244,6 +245,7 @@ def test_images_without_labels_are_refused(here, tmp_path):
     assert not list((tmp_path / 'out').glob('*'))
 
 
+@pytest.mark.slow
 def test_images_of_several_sizes_need_a_shape(here, tmp_path):
     arguments = ['cka', config_of('plain_classifier'), checkpoint_of(here, 'plain_classifier'), 'val', '--block', '9999',
                  '--out', tmp_path, '--device', 'cpu', '--cfg-options', 'test_dataloader.num_workers=0']

@@ -10,7 +10,7 @@ from mmengine.runner import save_checkpoint
 
 from revcol_mm.apis import test
 from revcol_mm.apis.errors import LaunchError
-from tests.common import load_tool
+from tests.common import load_tool, mostly_slow
 
 pytestmark = pytest.mark.usefixtures('own_surroundings', 'no_visualizer_of_another_run')
 
@@ -27,7 +27,7 @@ def exported(workshop: Path, name: str) -> list[str]:
     return [config, checkpoint, file]
 
 
-@pytest.mark.parametrize('name', ['detection', 'segmentation', 'classification'])
+@pytest.mark.parametrize('name', mostly_slow(['detection', 'segmentation', 'classification'], ['classification']))
 def test_a_file_has_the_metrics_of_its_checkpoint(workshop, name):
     config, checkpoint, file = exported(workshop, name)
     expected, found = (test.test([config, path, '--work-dir', 'work']) for path in (checkpoint, file))

@@ -199,6 +199,7 @@ def test_a_damaged_file_that_is_named_is_an_error(config, tmp_path):
             train.train([config, '--work-dir', 'again', argument, value])
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_passes_unless_it_changes_nothing(config, tmp_path):
     fit(config, 'train_cfg.max_iters=1')
     path = tmp_path / 'work' / 'iter_1.pth'

@@ -275,6 +275,7 @@ def test_what_holds_weights_only_or_is_cut_off_is_not_resumed(workshop, detector
         train.train([config, '--resume', 'auto', '--work-dir', 'w'])
 
 
+@pytest.mark.slow
 def test_weights_of_which_nothing_or_only_other_kernels_fit_start_no_training(workshop, detector, tmp_path):
     config = str(workshop / 'detection.py')
     weights = torch.load(detector[1], weights_only=True)['state_dict']

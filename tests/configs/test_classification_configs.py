@@ -9,6 +9,7 @@ from mmpretrain.datasets import ImageNet  # noqa: F401  registers the data sets
 
 from revcol_mm import config_path
 from revcol_mm.utils import flops
+from tests.common import mostly_slow
 
 # name: (peak lr, first lr, last lr, all per 1024 images), batch, epochs, warm-up epochs, weight decay, layer decay, drop path,
 # clip grad, EMA decay, mixup, head init scale, resolution
@@ -169,7 +170,7 @@ def test_fine_tuning_and_the_ablation_have_one_classifier(name):
     assert ('init_cfg' in cfg.model.backbone) == name.endswith('ft')
 
 
-@every(TABLE_1)
+@every(mostly_slow(TABLE_1, ['revcol_t_in1k']))
 def test_parameters_and_flops_are_those_of_table_1(name):
     params, macs = TABLE_1[name]
     cost = flops.count(read(name))
@@ -189,7 +190,7 @@ def test_ablations_are_trained_as_the_network_that_they_vary(name):
     assert cfg.model.type == ('ImageClassifier' if single else base.model.type)
 
 
-@every(TABLES_5_AND_6)
+@every(mostly_slow(TABLES_5_AND_6, ['revnet_convnext_in1k']))
 def test_parameters_and_flops_are_those_of_tables_5_and_6_within_three_percent(name):
     columns, params, macs = TABLES_5_AND_6[name]
     cfg = read(name)
@@ -199,6 +200,7 @@ def test_parameters_and_flops_are_those_of_tables_5_and_6_within_three_percent(n
     assert flops.build_on_meta(cfg).backbone.num_columns == columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,columns', [('revcol_t_col12_in1k', 12), ('revcol_t_col16_in1k', 16)])
 def test_figure_3_adds_columns_of_one_size(name, columns):
     def macs(name):
@@ -209,6 +211,7 @@ def test_figure_3_adds_columns_of_one_size(name, columns):
     assert one == pytest.approx(1.12e9, rel=0.03)  # table 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('columns,error', [(1, 0.03), (2, 0.03), (4, 0.03), (8, 0.075)])
 def test_figure_6_has_32_blocks_of_one_width_at_about_18_gflops(columns, error):
     cfg = read(f'revcol_vit_b_col{columns}_in1k')

@@ -13,11 +13,14 @@ from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from tests.common import CONFIGS, gradients_of, load_config, narrow
+from tests.common import CONFIGS, gradients_of, load_config, mostly_slow, narrow
 
 ALL = sorted(path.relative_to(CONFIGS).with_suffix('').as_posix() for place in ('*.py', 'demo/*.py')
              for path in CONFIGS.glob(place))
-LARGE = ('dino_revcol_h', 'dino_revcol_h_o365', 'dino_revcol_l_in22k')  # a minute each; dino_revcol_b_in22k is not slow
+#: One config of every kind of model; the others differ from it in numbers.
+KINDS = ('cascade_rcnn_revcol_t', 'cascade_rcnn_revcol_t_k7_1x', 'htc_revcol_h', 'mask_rcnn_revcol_t', 'upernet_revcol_t',
+         'mask2former_revcol_t', 'revcol_t_in1k', 'revcol_b_in22k', 'revcol_b_in1k_384_ft', 'revcol_vit_s_in1k',
+         'hrnet_columns_in1k', 'revnet_convnext_in1k', *(name for name in ALL if name.startswith('demo/')))
 RELEASE = 'https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_'
 
 
@@ -69,7 +72,7 @@ def predictions(model: nn.Module, data: dict) -> list:
         return model(**model.data_preprocessor(data, False), mode='predict')
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in ALL])
+@pytest.mark.parametrize('name', mostly_slow(ALL, KINDS))
 def test_every_config_trains_a_step_and_predicts(name):
     cfg = load_config(name)
     if not name.startswith('demo/'):  # those are small already
@@ -186,6 +189,7 @@ def test_dino_fine_tunes_what_objects365_pre_trained():
     assert second.train_dataloader.dataset.type == 'CocoDataset' and second.model.backbone.init_cfg is None
 
 
+@pytest.mark.slow
 def test_the_override_to_four_scales_in_dinos_base_is_right():
     text = (CONFIGS / '_base_/dino_revcol.py').read_text()
     lines = [line.strip('# \\') for line in text.splitlines() if line.startswith('#     ')]
@@ -199,7 +203,8 @@ def test_the_override_to_four_scales_in_dinos_base_is_right():
 
 # What inputs may look like ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['cascade_rcnn_revcol_t', 'dino_revcol_b_in22k', 'htc_revcol_h', 'mask_rcnn_revcol_t'])
+@pytest.mark.parametrize('name', mostly_slow(
+    ['cascade_rcnn_revcol_t', 'dino_revcol_b_in22k', 'htc_revcol_h', 'mask_rcnn_revcol_t'], ['cascade_rcnn_revcol_t']))
 def test_detectors_take_odd_sizes_a_batch_of_one_and_images_without_objects(name):
     cfg = narrow(load_config(name))
     model = build(cfg)
@@ -223,6 +228,7 @@ def test_segmentors_predict_images_of_any_size(name, mode):
         assert sample.pred_sem_seg.data.shape[-2:] == size
 
 
+@pytest.mark.slow
 def test_segmentors_pad_training_images_smaller_than_the_crop():
     for name in ('upernet_revcol_t', 'mask2former_revcol_t'):
         cfg = narrow(load_config(name))

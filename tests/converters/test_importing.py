@@ -17,7 +17,7 @@ from mmengine.runner import load_checkpoint
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, publish_checkpoint, read_checkpoint
 from revcol_mm.converters import is_official, todays_checkpoint
 from revcol_mm.models import RevCol, RevColC2f, RevColViT
-from tests.common import CONFIGS, DATA, load_tool
+from tests.common import CONFIGS, DATA, load_tool, mostly_slow
 
 SHAPES = json.loads(gzip.decompress((DATA / 'official_state_dict_shapes.json.gz').read_bytes()))
 DIVISORS = dict(tiny=16, small=16, base=18, large=32, xlarge=56, huge=90)  # of the widths, down to C0 = 4
@@ -189,7 +189,7 @@ CLASSIFIERS = {
 }
 
 
-@pytest.mark.parametrize('kind', CLASSIFIERS)
+@pytest.mark.parametrize('kind', mostly_slow(CLASSIFIERS, list(CLASSIFIERS)[:2]))
 def test_released_classifiers_load_strictly(tmp_path, capsys, kind):
     arguments, name, single = CLASSIFIERS[kind]
     weights = official(**arguments)

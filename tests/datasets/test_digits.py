@@ -21,6 +21,14 @@ TOOL = ROOT / 'tools' / 'make_digits.py'
 SMALL = dict(num_train=40, num_val=20, size=96)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def few_crops():
+    """One crop of a sample, which is enough for everything but the number of crops."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maker, '_CROPS_PER_SAMPLE', dict(train=1, val=1))
+        yield
+
+
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp('data') / 'digits'
@@ -95,8 +103,7 @@ def test_the_split_does_not_depend_on_the_seed(root, tmp_path):
     assert fingerprint(root) != fingerprint(tmp_path / 'other')
 
 
-def test_a_tuning_set_divides_the_handwriting_of_the_training_side(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(maker, '_CROPS_PER_SAMPLE', dict(train=1, val=1))
+def test_a_tuning_set_divides_the_handwriting_of_the_training_side(root, tmp_path):
     make_digits(tmp_path / 'tuning', 3, 2, tuning=True)
     own, tuning = ({split: {path.name[:4] for path in (folder / 'crops' / split).rglob('*.jpg')} for split in ('train', 'val')}
                    for folder in (root, tmp_path / 'tuning'))
@@ -139,8 +146,7 @@ def test_the_same_arguments_give_the_same_bytes(root, tmp_path):
     assert fingerprint(tmp_path / 'again') == fingerprint(root)
 
 
-def test_an_existing_data_set_is_left_alone_or_replaced_by_another_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(maker, '_CROPS_PER_SAMPLE', dict(train=1, val=1))
+def test_an_existing_data_set_is_left_alone_or_replaced_by_another_one(tmp_path):
     root = tmp_path / 'digits'
     assert make_digits(root, 2, 1)
     before = (root / 'digits.json').stat().st_mtime_ns
@@ -151,8 +157,7 @@ def test_an_existing_data_set_is_left_alone_or_replaced_by_another_one(tmp_path,
     assert os.listdir(tmp_path) == ['digits']
 
 
-def test_what_it_did_not_make_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(maker, '_CROPS_PER_SAMPLE', dict(train=1, val=1))
+def test_what_it_did_not_make_is_not_overwritten(tmp_path):
     strange = tmp_path / 'photos'
     strange.mkdir()
     (strange / 'me.jpg').write_text('x')

@@ -73,6 +73,7 @@ def test_the_file_says_what_it_is(files, tmp_path):
     onnx.checker.check_model(path)
 
 
+@pytest.mark.slow
 def test_products_of_two_activations_stay_in_floating_point(files, tmp_path):
     """The pasting of masks is one of them; its factors are coordinates."""
     path, size = tmp_path / 'int8.onnx', dict(size=np.array([150, 100]))

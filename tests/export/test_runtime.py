@@ -38,6 +38,7 @@ def test_sliding_windows_give_the_label_map_of_mmseg(size, tmp_path):
     np.testing.assert_array_equal(found[clear], sample.pred_sem_seg.data[0].numpy()[clear])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mask_rcnn_revcol_vit_digits', 'dino_revcol_nano_digits'])
 def test_detections_are_those_of_mmdet_in_the_original_image(name, tmp_path):
     model = make_model(name)

@@ -10,6 +10,7 @@ from mmseg.structures import SegDataSample
 from revcol_mm.export import export_model, exported_net
 from revcol_mm.export import model as exporting
 from revcol_mm.export.segmentors import label_margin
+from tests.common import mostly_slow
 from tests.export.demo import SIZES, TRACED, make_model, other_size, random_images, run_file
 
 
@@ -67,7 +68,7 @@ def test_network_in_torch_predicts_what_mmseg_does(name, size):
     assert len(labels.unique()) > 1
 
 
-@pytest.mark.parametrize('name', ['UPerNet on padded images', 'Mask2Former'])
+@pytest.mark.parametrize('name', mostly_slow(['UPerNet on padded images', 'Mask2Former'], ['UPerNet on padded images']))
 def test_file_predicts_what_mmseg_does_at_every_size(name, tmp_path, monkeypatch):
     """Label maps differ only where two classes are within 1e-5 of the largest logit, some 80 roundings."""
     monkeypatch.setattr(exporting, 'TRACED', TRACED)

@@ -73,6 +73,7 @@ class TestRevNet:
         assert worst_error(gradients(revnet(with_cp=True)), plain) <= 1e-6
         assert worst_error(gradients(revnet(reversible=True, stored_columns=1)), plain) == 0
 
+    @pytest.mark.slow
     def test_memory_does_not_grow_with_the_units(self):
         kept = {}
         for reversible in (False, True):

@@ -23,7 +23,7 @@ from revcol_mm.models.backbones.sequence import RevColTransformerEncoder, WideMe
 from revcol_mm.models.backbones.vit import CosineAttention, RevColViT, ViTBlock
 from revcol_mm.models.necks.simple_fpn import SimpleFPN
 from revcol_mm.reversible import ReversibilityError, run_reversibly
-from tests.common import CONFIGS, ROOT, gradients_of
+from tests.common import CONFIGS, ROOT, gradients_of, mostly_slow
 
 TINY_VIT = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=4, num_columns=4)
 TINY_C2F = dict(channels=(8, 12, 16, 20), depths=(1, 1, 2, 1), num_columns=4)
@@ -158,12 +158,12 @@ def test_layer_depth_is_the_position_in_the_grid_of_blocks_and_columns(kind):
 
 # --- RevCol-ViT
 
-@pytest.mark.parametrize('arch, num_columns, patch_size, parameters, flops', [
+@pytest.mark.parametrize('arch, num_columns, patch_size, parameters, flops', mostly_slow([
     ('small', 4, 16, 20.87e6, 4.6e9),  # as the appendix states it; printed: 16M, 4.6G
     ('base', 4, 16, 89.06e6, 18.8e9),  # printed: 67M, 18.8G
     ('small', 3, 14, 16e6, 4.6e9),  # what gives the printed figures, all four
     ('base', 3, 14, 67e6, 18.8e9),
-])
+], [('small', 3, 14, 16e6, 4.6e9)]))
 def test_vit_counts(arch, num_columns, patch_size, parameters, flops):
     with torch.device('meta'):
         backbone = RevColViT(dict(RevColViT.ARCHS[arch], num_columns=num_columns), patch_size=patch_size).eval()
@@ -523,6 +523,7 @@ def _images_with_a_box(count):
     return torch.randn(count, 3, 128, 128), samples
 
 
+@pytest.mark.slow
 def test_a_detector_on_vit_columns_trains_and_predicts():
     register_all_modules(init_default_scope=False)
     config = Config.fromfile(CONFIGS / 'demo/mask_rcnn_revcol_vit_digits.py')

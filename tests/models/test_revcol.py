@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from revcol_mm.models import RevCol
 from revcol_mm.reversible import MIN_GAMMA, keep_invertible
-from tests.common import CHANNELS, small_arch
+from tests.common import CHANNELS, mostly_slow, small_arch
 
 NARROW = small_arch()
 #: The least that has every kind of layer: compiling takes its time.
@@ -59,9 +59,9 @@ def test_names_and_shapes_are_those_of_the_released_checkpoints(arch, official_s
     assert ours == {name: shape for name, shape in official_shapes[arch].items() if not name.startswith('cls.')}
 
 
-@pytest.mark.parametrize('arch, published', [
+@pytest.mark.parametrize('arch, published', mostly_slow([
     ('tiny', {224: 4.5e9}), ('small', {224: 9.0e9}), ('base', {224: 16.6e9, 384: 48.9e9}), ('large', {224: 39.0e9, 384: 116e9}),
-    ('xlarge', {384: 350e9}), ('huge', {640: 2537e9})])
+    ('xlarge', {384: 350e9}), ('huge', {640: 2537e9})], ['tiny']))
 def test_multiply_adds_are_those_of_table_1(arch, published):
     with torch.device('meta'):
         net = RevCol(arch).eval()

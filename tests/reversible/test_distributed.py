@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from revcol_mm.models import RevCol
 from revcol_mm.reversible import ReversibleColumn
-from tests.common import small_arch
+from tests.common import mostly_slow, small_arch
 
 NARROW = small_arch(4, depths=(1, 1, 1, 1))
 
@@ -91,9 +91,9 @@ def compare(net, start, state, tolerance) -> None:
         assert (state[name] - value).norm() <= tolerance * moved + 3e-7, name  # weights near 1 are rounded to 1.2e-7
 
 
-@pytest.mark.parametrize('wrap, stored_columns', [
-    ('ddp', 0), ('fsdp_columns', 2), ('fully_shard', 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ('ddp_unused', 0), ('ddp_static', 0), ('fsdp', 0), ('fsdp_columns', 0), ('fully_shard', 0), ('ddp_static', 1)])])
+@pytest.mark.parametrize('wrap, stored_columns', mostly_slow(
+    [('ddp', 0), ('ddp_unused', 0), ('ddp_static', 0), ('ddp_static', 1), ('fsdp', 0), ('fsdp_columns', 0), ('fsdp_columns', 2),
+     ('fully_shard', 0), ('fully_shard', 1)], [('ddp', 0), ('fsdp_columns', 2)]))
 def test_two_processes_train_as_one(wrap, stored_columns, tmp_path):
     steps = 2
     mp.spawn(train, (wrap, steps, str(tmp_path), False, stored_columns), nprocs=2)
@@ -118,8 +118,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize('wrap', [pytest.param('ddp', marks=pytest.mark.slow), 'fsdp_columns',
-                                  pytest.param('fully_shard', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('wrap', ['ddp', 'fsdp_columns', 'fully_shard'])
 def test_autocast_on_two_processes(wrap, one_thread, tmp_path):
     # Both see the same images here: bfloat16 sums of two halves would round differently.
     mp.spawn(train, (wrap, 1, str(tmp_path), True), nprocs=2)

@@ -13,7 +13,7 @@ from torch import nn
 from revcol_mm.models import RevCol, RevColC2f
 from revcol_mm.models.layers import ConvNeXtBlock
 from revcol_mm.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_reversibly
-from tests.common import gradients_of, live_bytes, small_arch, worst_error
+from tests.common import gradients_of, live_bytes, mostly_slow, small_arch, worst_error
 
 NARROW = small_arch(4)
 #: Where float32 itself is measured: LayerNorm over 8 channels is too noisy a net for that.
@@ -98,7 +98,8 @@ class TestExact:
         image = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
         assert compare(net, image) <= TOLERANCE
 
-    @pytest.mark.parametrize('arch, gamma', [('tiny', 'random'), ('small', 'random'), ('base', 'random'), ('base', 0.51)])
+    @pytest.mark.parametrize('arch, gamma', mostly_slow(
+        [('tiny', 'random'), ('small', 'random'), ('base', 'random'), ('base', 0.51)], ['tiny']))
     def test_gradients_are_those_of_plain_autograd_at_real_widths(self, arch, gamma):
         assert compare(build(arch, gamma, layer_scale=True), torch.randn(1, 3, 64, 96)) <= TOLERANCE
 
@@ -202,7 +203,7 @@ class TestConstantMemory:
         image = torch.randn(1, 3, 112, 112)
         return live_bytes(lambda: sum(feature.sum() for feature in net(image)), lambda loss: loss.backward())
 
-    @pytest.mark.parametrize('arch', ['tiny', 'base'])  # S has T's widths and depths
+    @pytest.mark.parametrize('arch', mostly_slow(['tiny', 'base'], ['tiny']))  # S has T's widths and depths
     def test_memory_does_not_grow_with_the_columns(self, arch):
         # A plain step is linear in the columns to the byte, so that two points give its slope.
         plain, ours = ({count: self.measure(arch, count, reversible) for count in counts}
@@ -459,7 +460,7 @@ class TestComplete:
         actual = double_gradients_of(net)
         assert worst_error(dict(actual, image=expected['image']), expected) <= TOLERANCE
 
-    @pytest.mark.parametrize('part', ['levels', 'levels in place', 'blocks', 'columns'])
+    @pytest.mark.parametrize('part', mostly_slow(['levels', 'levels in place', 'blocks', 'columns'], ['levels in place']))
     def test_compiled_parts_train_reversibly(self, part):
         """torch.compile's wrapper shows every parameter under two names."""
         net = build(gamma=0.5, layer_scale=True)

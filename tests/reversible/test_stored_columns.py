@@ -146,6 +146,7 @@ class TestConstantMemory:
             assert slopes[1] > 2**20, what  # a column's activations: the measurement sees them
             assert abs(slopes[0] / slopes[1]) <= 0.01, what
 
+    @pytest.mark.slow
     def test_each_stored_column_costs_the_activations_of_a_plain_one(self):
         plain = self.measure(8, None)[0] - self.measure(7, None)[0]
         kept = [self.measure(8, stored)[0] for stored in (1, 2, 3)]

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revcol_mm.models import RevCol, RevColViT
 from revcol_mm.utils.memory import LiveBytes, count_step, without_memory
-from tests.common import live_bytes, small_arch
+from tests.common import live_bytes, mostly_slow, small_arch
 
 WAYS = dict(plain={}, checkpointed=dict(with_cp=True), reversible=dict(reversible=True),
             stored=dict(reversible=True, stored_columns=2))
@@ -40,8 +40,8 @@ def backward(output):
     torch.autograd.backward(output, [torch.ones_like(feature) for feature in output])
 
 
-@pytest.mark.parametrize('name,way', [
-    pytest.param(name, way, marks=[pytest.mark.slow] if name in ('small', 'base') else []) for name in NETS for way in WAYS])
+@pytest.mark.parametrize('name,way', mostly_slow(
+    [(name, way) for name in NETS for way in WAYS], [('tiny', 'reversible'), ('tiny', 'stored'), ('vit', 'plain')]))
 def test_the_count_without_memory_is_the_allocators_account_of_a_real_step(name, way):
     net = build(*NETS[name], **WAYS[way])
     image = torch.randn(1, 3, 96, 64)
@@ -72,6 +72,7 @@ def test_what_is_kept_is_what_the_graph_saves_and_the_output(way):
     assert counted_without_memory(net, image.shape).kept == expected
 
 
+@pytest.mark.slow
 def test_anchors_are_counted():
     """With γ = 0.5 and a budget of 2^12, twelve columns can be rebuilt from one stream, and the first one needs none."""
     without, with_one = (build(RevCol, small_arch(count, depths=(1, 1, 1, 1)), reversible=True) for count in (13, 14))
@@ -81,7 +82,7 @@ def test_anchors_are_counted():
     assert counted.kept - counted_without_memory(without, (1, 3, 64, 64)).kept == stream
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', mostly_slow([torch.float16, torch.bfloat16], [torch.bfloat16]))
 def test_mixed_precision_keeps_what_autocast_on_cuda_keeps(dtype):
     """The reference runs CUDA's own autocast, on tensors that say they are on a GPU and have no storage."""
     with torch.device('meta'):

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from revcol_mm.utils import planning
 from revcol_mm.utils.memory import count_step
 from revcol_mm.utils.planning import Plan, parse_bytes
-from tests.common import live_bytes, load_config, narrow, run_tool
+from tests.common import live_bytes, load_config, mostly_slow, narrow, run_tool
 
 CONFIG = 'mask_rcnn_revcol_t'
 SHAPE = (128, 192)
@@ -43,7 +43,7 @@ def size_of_parameters():
 
 class TestAgainstARealStep:
 
-    @pytest.mark.parametrize('stored', [4, 1, 0])
+    @pytest.mark.parametrize('stored', mostly_slow([4, 1, 0], [1]))
     def test_the_whole_is_that_of_a_step_with_all_its_arithmetic(self, stored):
         """A step of the whole detector on the CPU, with random weights and on the same boxes.
 
@@ -66,6 +66,7 @@ class TestAgainstARealStep:
         fixed = sum(size for part, size in plan().fixed.items() if part != 'gradients')
         assert way.total - fixed == pytest.approx(count_step(model, images, forward=loss).peak_with_gradients, rel=1e-3)
 
+    @pytest.mark.slow
     def test_the_line_through_two_small_sizes_meets_a_larger_one(self):
         cfg, shape = config(), (320, 480)
         with mock.patch.object(planning, 'HEAD_AREAS', (192 * 288, 256 * 384)):
@@ -119,6 +120,7 @@ class TestWays:
         assert [way.step for way in ways] == pytest.approx([1 + rebuilt / 12 for rebuilt in (4, 3, 2, 1, 0)])
         assert all(less.kept < more.kept and less.total <= more.total for less, more in zip(ways, ways[1:]))
 
+    @pytest.mark.slow
     def test_frozen_columns_are_not_rebuilt(self):
         frozen = Plan(changed(model__backbone__frozen_stages=3), SHAPE, 2)
         assert frozen.way(0).step == pytest.approx(1 + 1 / 12) and frozen.way(1).step == 1
@@ -162,6 +164,7 @@ class TestArguments:
         assert Plan(config('upernet_revcol_t'), amp='bf16').autocast is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_tool_names_what_to_set(tmp_path):
     path = tmp_path / 'narrow.py'
     config().dump(path)

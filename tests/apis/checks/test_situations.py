@@ -118,7 +118,8 @@ def test_a_single_class_as_a_text_is_one_class_in_infer(shapes, tmp_path):
 
 # Wrapped test sets -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('wrap', [pytest.param("dict(type='RepeatDataset', times=1, dataset=part)", marks=pytest.mark.slow),
+@pytest.mark.slow
+@pytest.mark.parametrize('wrap', ["dict(type='RepeatDataset', times=1, dataset=part)",
                                   pytest.param("dict(type='ConcatDataset', datasets=[part])", marks=pytest.mark.slow),
                                   "dict(type='ConcatDataset', datasets=[dict(type='RepeatDataset', times=1, dataset=part)])"])
 def test_infer_and_tta_read_through_wrappers_of_the_test_set(detector, shapes, tmp_path, wrap):
@@ -146,6 +147,7 @@ def test_images_of_one_name_get_a_picture_each_in_classification(shapes):
     assert sorted(path.name for path in Path('drawn').rglob('*.png')) == ['disc_same.png_0.png', 'square_same.png_0.png']
 
 
+@pytest.mark.slow
 def test_images_of_one_name_get_a_picture_each_in_detection(detector, shapes, tmp_path):
     content = json.loads((shapes / 'annotations' / 'instances_val.json').read_text())
     for image, folder in zip(content['images'], ('a', 'b')):
@@ -203,6 +205,7 @@ def test_a_checkpoint_with_arguments_of_a_command_line_is_tested(detector, shape
     assert 'coco/bbox_mAP' in test.test([str(shapes / 'detection.py'), 'args.pth', '--work-dir', 'w'])
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_loop_by_iterations_loads_its_batches_with_workers(shapes, tmp_path, capsys):
     train.train([str(shapes / 'detection.py'), '--work-dir', 'w', '--dry-run', '--cfg-options',
                  'train_dataloader.num_workers=1', 'train_dataloader.persistent_workers=True'])
