@@ -18,7 +18,7 @@ from .findings import Findings, Judged
 SCORE, IOU = 0.3, 0.5  # of a prediction that counts as one in confusions, and of one that finds an object
 KINDS = dict(bbox='box', segm='mask')
 BACKGROUND = '(none)'
-LARGE = 512  # pixels; smaller images are enlarged in pictures, up to this
+LARGE = 384  # pixels; smaller images are enlarged in pictures, up to this
 
 
 @contextlib.contextmanager

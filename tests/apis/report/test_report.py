@@ -126,10 +126,10 @@ def test_small_images_are_enlarged_with_their_boxes_and_masks(tmp_path):
     drawn = []
     judged.draw(SimpleNamespace(add_datasample=lambda name, image, sample, **kwargs: drawn.append((image, sample))), 'x.png')
     (image, sample), = drawn
-    assert image.shape == (500, 500, 3)
+    assert image.shape == (300, 300, 3)
     for part in (sample.gt_instances, sample.pred_instances):
-        assert part.bboxes.tolist() == [[50, 100, 200, 300]]
-        assert part.masks.shape == (1, 500, 500) and part.masks[0, 100:300, 50:200].all() and part.masks.sum() == 200 * 150
+        assert part.bboxes.tolist() == [[30, 60, 120, 180]]
+        assert part.masks.shape == (1, 300, 300) and part.masks[0, 60:180, 30:120].all() and part.masks.sum() == 120 * 90
 
 
 def test_a_prediction_takes_the_free_object_that_it_overlaps_most_and_crowds_count_for_nothing():
