@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, pad_on_load, read_checkpoint
 from .checkpoint.download import download
-from .checkpoint.loading import check_weights, find_differences, find_state_dict
+from .checkpoint.loading import check_weights, find_differences, find_state_dict, strip_module
 from .checkpoint.zoo import read_index
-from .converters import todays_checkpoint
+from .converters.importing import new_names
 from .models import RevCol
 from .models.layers import Classifier, init_weights
 
@@ -195,7 +195,9 @@ class RevColClassifier(nn.Module):
         return take_levels(indices)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
-        """Loads a classifier of the authors' or of this package. A classifier of another number of classes is left out.
+        """Loads a classifier of the authors' or of this package: of intermediate supervision, the last one.
+
+        A classifier of another number of classes is left out.
 
         Args:
             checkpoint_path (str): path or URL.
@@ -206,8 +208,9 @@ class RevColClassifier(nn.Module):
         """
         own = {key: value.shape for key, value in self.state_dict().items()}
         contents = read_checkpoint(checkpoint_path, logger='silent')
-        contents = todays_checkpoint(contents, checkpoint_path, {f'{CLASSIFIER}.weight'})
-        weights = dict(find_state_dict(contents, checkpoint_path)[0])
+        found = strip_module(find_state_dict(contents, checkpoint_path)[0])
+        names = new_names(found, checkpoint_path, {f'{CLASSIFIER}.weight'})
+        weights = {new: found[old] for old, new in names.items() if new is not None}
         check_weights(weights, checkpoint_path)
         classes, stem = weights.get(f'{CLASSIFIER}.weight'), weights.get(f'{STEM}.weight')
         kept = {}

@@ -131,9 +131,14 @@ def test_config_is_named_with_or_without_suffix():
     assert get_config(CONFIG).model.backbone.type == 'RevCol'
 
 
-def test_unknown_config_is_refused_with_those_there_are():
-    with pytest.raises(FileNotFoundError, match=f"no config 'cascade_rcnn_revcol_z'; .*{CONFIG}"):
-        config_path('cascade_rcnn_revcol_z')
+@pytest.mark.parametrize('name, sentence', [
+    ('cascade_rcn_revcol_b', f"no config 'cascade_rcn_revcol_b'; did you mean {CONFIG} or "),
+    ('dino_revcol_nano_digits', r'; did you mean demo/dino_revcol_nano_digits\?$'),
+    ('quite another', f'; its configs are .*{CONFIG}, ')])
+def test_unknown_config_is_refused_with_similar_names_or_with_all(name, sentence):
+    with pytest.raises(FileNotFoundError, match=sentence) as error:
+        config_path(name)
+    assert '_base_' not in str(error.value)  # no models
 
 
 # The extras and the requirements

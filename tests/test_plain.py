@@ -63,6 +63,15 @@ def test_features_are_those_of_the_backbone(released, images, indices, levels):
     assert not any('classifier.1' in name for name, _ in net.named_parameters())
 
 
+def test_a_checkpoint_trained_with_mmpretrain_gives_its_last_classifier(released, images, tmp_path):
+    trained = {('backbone.' if name.startswith(('stem', 'subnet')) else 'head.') + name: weight
+               for name, weight in released.items()}
+    torch.save(dict(state_dict=trained, meta=dict(mmengine_version='0.10.7')), tmp_path / 'epoch_1.pth')
+    model, same = (revcol_mm.create_model('revcol_tiny', pretrained=pretrained) for pretrained in (False, True))
+    model.load_pretrained(str(tmp_path / 'epoch_1.pth'))
+    assert torch.equal(model(images), same(images))
+
+
 def test_one_channel_answers_a_grey_image_and_six_a_doubled_one_as_three_do(released, images):
     three = revcol_mm.create_model('revcol_tiny', pretrained=True)
     grey = images[:, :1]

@@ -32,7 +32,7 @@ SIZES = dict(model=models.SIZES, backbone=backbones.SIZES)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Export a model, or its RevCol backbone, to ONNX')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of one of this package')
     parser.add_argument('checkpoint', help=CHECKPOINT)
     parser.add_argument('--out', required=True, metavar='FILE', help='file.onnx')
     parser.add_argument('--part', choices=['model', 'backbone'], default='model', help='what to export; default: model')

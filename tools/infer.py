@@ -31,7 +31,7 @@ SOME_LEFT_OUT = 3
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Predict on images with a detector, a segmentor or a classifier')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of one of this package')
     parser.add_argument('checkpoint', help=CHECKPOINT)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for images.json, predictions.json, pictures (vis/) '

@@ -29,7 +29,7 @@ from .tta import set_tta
 def parse_test_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of ``tools/test.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Tests a detector, a segmentor or a classifier, and prints its metrics')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of one of this package')
     parser.add_argument('checkpoint', help=f'{CHECKPOINT}, or an ONNX file')
     parser.add_argument('--out', help='file.pkl for the predictions; in segmentation also a folder for label maps')
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')

@@ -22,7 +22,7 @@ from .saving import list_checkpoints
 def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of ``tools/train.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Trains a detector, a segmentor or a classifier')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or the name of one of this package')
     parser.add_argument('--amp', action='store_true', help='mixed precision (without a GPU: float32)')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='go on from this checkpoint; with "auto" or nothing, from the last one in the work folder')

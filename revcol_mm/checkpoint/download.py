@@ -12,6 +12,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from mmengine.dist import get_dist_info
+from mmengine.logging import print_log
 from mmengine.runner import checkpoint as runner_checkpoint
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -41,9 +42,9 @@ def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
         CheckpointError: if the file cannot be downloaded. The errors of :func:`~.safe.load_from_local` are raised too.
     """
     rank, world_size = get_dist_info()
-    if rank == 0:
-        download(filename)
     if world_size > 1:
+        if rank == 0:
+            download(filename)
         torch.distributed.barrier()
     path = download(filename)  # downloads again on a machine that does not share the cache of process 0
     if path.endswith('.safetensors'):
@@ -86,6 +87,7 @@ def download(url: str) -> str:
             raise CheckpointError(f'{MIRROR} names the folder {mirror}, which must hold {name}, but does not: put there what '
                                   f'{url} has, or unset {MIRROR}')
         _check_published(path, path, published)
+        print_log(f'{path} is taken for {url} ({MIRROR})', logger='current')
         return path
     if mirror:
         address = f'{mirror.rstrip("/")}/{name}'

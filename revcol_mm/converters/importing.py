@@ -106,7 +106,7 @@ def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: 
     if config is not None:
         config = Config.fromfile(config) if isinstance(config, str) else config
     expected = {} if config is None else model_shapes(config)
-    names = _new_names(plain, filename, expected)
+    names = new_names(plain, filename, expected)
     dropped = [old for old, new in names.items() if new is None]
     converted = OrderedDict((new, plain[old]) for old, new in names.items() if new is not None)
     missing = []
@@ -167,14 +167,14 @@ def todays_checkpoint(checkpoint: Any, filename: str, names: Collection[str] = (
     if not is_official(checkpoint):
         return checkpoint
     weights = strip_module(find_state_dict(checkpoint, filename)[0])
-    converted = {new: weights[old] for old, new in _new_names(weights, filename, names).items() if new is not None}
+    converted = {new: weights[old] for old, new in new_names(weights, filename, names).items() if new is not None}
     if log:
         print_log(f"{filename} is a file of the authors' code: its {len(converted)} weights were converted to today's names",
                   logger='current')
     return dict(meta=find_dataset_meta(checkpoint, filename), state_dict=OrderedDict(converted))
 
 
-def _new_names(weights: Mapping[str, Tensor], filename: str, expected: Collection[str]) -> dict[str, str | None]:
+def new_names(weights: Mapping[str, Tensor], filename: str, expected: Collection[str]) -> dict[str, str | None]:
     """Returns {name in the file: name in a model that has the expected names, None for a weight that it does not have}."""
     names = todays_names(weights, filename)
     if LAST_CLASSIFIER + 'classifier.1.weight' in names.values() and 'head.cls.classifier.1.weight' in expected:

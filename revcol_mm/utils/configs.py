@@ -3,6 +3,7 @@
 
 mmengine resolves ``pkg::path`` for a fixed list of packages only. :func:`config_path` takes the place of ``revcol_mm::``.
 """
+import difflib
 from pathlib import Path
 
 import torch
@@ -33,13 +34,17 @@ def config_path(name: str) -> str:
         str: The absolute path.
 
     Raises:
-        FileNotFoundError: If there is no such config; the message lists all configs.
+        FileNotFoundError: If there is no such config; the message lists those with similar names, or all.
     """
     folder = config_folder()
     path = folder / (name if name.endswith('.py') else f'{name}.py')
     if not path.is_file():
-        there = sorted(file.relative_to(folder).with_suffix('').as_posix() for file in folder.rglob('*.py'))
-        raise FileNotFoundError(f'revcol_mm has no config {name!r}; its configs are {", ".join(there)}')
+        there = sorted(file.relative_to(folder).with_suffix('').as_posix() for file in folder.rglob('*.py')
+                       if file.parent.name != '_base_')
+        wanted = Path(name).name.removesuffix('.py')
+        close = [known for known in there if Path(known).name == wanted] or difflib.get_close_matches(wanted, there)
+        raise FileNotFoundError(f'revcol_mm has no config {name!r}; '
+                                + (f'did you mean {" or ".join(close)}?' if close else f'its configs are {", ".join(there)}'))
     return str(path)
 
 

@@ -206,7 +206,10 @@ def test_a_folder_takes_the_place_of_the_hosts(tmp_path, monkeypatch, weights):
         read_checkpoint('zoo:revcol_t_in1k')
     (tmp_path / 'mirror').mkdir()
     (tmp_path / 'mirror' / 'revcol_tiny_1k.pth').write_bytes(weights)
+    lines = []
+    monkeypatch.setattr(downloads, 'print_log', lambda line, logger: lines.append(line))
     assert download(URL) == str(tmp_path / 'mirror' / 'revcol_tiny_1k.pth') and cached(tmp_path) == []
+    assert lines == [f'{tmp_path}/mirror/revcol_tiny_1k.pth is taken for {URL} (REVCOL_MM_WEIGHTS)']
     backbone = RevCol(small_arch(), init_cfg=dict(type='Pretrained', checkpoint='zoo:revcol_t_in1k'))
     backbone.init_weights()
     torch.testing.assert_close(dict(backbone.state_dict()), read_checkpoint(str(tmp_path / 'weights.pth'))['model'],

@@ -18,6 +18,7 @@ from .findings import Findings, Judged
 SCORE, IOU = 0.3, 0.5  # of a prediction that counts as one in confusions, and of one that finds an object
 KINDS = dict(bbox='box', segm='mask')
 BACKGROUND = '(none)'
+LARGE = 384  # pixels; smaller images are enlarged in pictures, up to this
 
 
 @contextlib.contextmanager
@@ -129,7 +130,13 @@ def _draw(visualizer: Any, picture: str, evaluations: Mapping[str, Any], image: 
                                         (sample.pred_instances, masked.cocoDt.imgToAnns.get(image, []), masked.cocoDt)):
             if annotations:
                 part.masks = np.stack([coco.annToMask(one) for one in annotations]).astype(bool)
-    visualizer.add_datasample('', mmcv.imread(path, channel_order='rgb'), sample, pred_score_thr=SCORE, out_file=picture)
+    pixels = mmcv.imread(path, channel_order='rgb')
+    scale = max(1, LARGE // max(pixels.shape[:2]))  # names and scores have a fixed size, and would cover a small image
+    for part in (sample.gt_instances, sample.pred_instances):
+        part.bboxes = part.bboxes * scale
+        if 'masks' in part:
+            part.masks = part.masks.repeat(scale, 1).repeat(scale, 2)
+    visualizer.add_datasample('', mmcv.imrescale(pixels, scale), sample, pred_score_thr=SCORE, out_file=picture)
 
 
 def _instances(annotations: list[dict], labels: Mapping[int, int]) -> InstanceData:

@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Watches a test and writes its page."""
 import contextlib
+import math
 import os.path as osp
 import platform
 import tempfile
@@ -98,7 +99,8 @@ class Reporter(Hook):
         findings = self._findings()
         parts = [table('test', {'': ['config', 'checkpoint', 'images', 'speed'],
                                 'value': [str(self.config), self.checkpoint, str(sum(self.sizes)), self._speed()]}),
-                 heading('Metrics'), table('metrics', {'metric': list(metrics), 'value': list(map(float, metrics.values()))}),
+                 heading('Metrics'), table('metrics', {'metric': list(metrics), 'value': [
+                     math.nan if value == -1 else float(value) for value in metrics.values()]}),  # COCO's -1: no such objects
                  heading('Classes'), table('classes', {'class': findings.classes, **findings.table})]
         if findings.curves:
             parts.append(picture(draw_curves(findings.curves), 'Precision against recall of each class'))

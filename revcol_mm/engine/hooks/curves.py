@@ -100,6 +100,7 @@ def draw_curves(path: str, train: Curves, val: Curves) -> None:
         CheckpointError: the picture cannot be written.
     """
     from matplotlib.figure import Figure  # without a window, whatever the backend
+    from matplotlib.ticker import MaxNLocator
     panels = {
         'loss': {name: curve for name, curve in train.items() if 'loss' in name.rpartition('/')[2]},
         'learning rate': {name: train[name] for name in train if name == 'lr'},
@@ -110,11 +111,13 @@ def draw_curves(path: str, train: Curves, val: Curves) -> None:
         return
     figure = Figure(figsize=(9, 3 * len(panels)), layout='constrained')
     for axis, (title, curves) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items()):
-        for name, curve in curves.items():
-            axis.plot(*zip(*curve), label=name, linewidth=2 if name == 'loss' else 1, marker='.' if len(curve) < 30 else None)
+        for number, (name, curve) in enumerate(curves.items()):
+            axis.plot(*zip(*curve), label=name, linewidth=2 if name == 'loss' else 1, marker='.' if len(curve) < 30 else None,
+                      linestyle='-' if number < 10 else '--')  # matplotlib repeats its ten colours
         axis.set(ylabel=title, xlabel='iteration')
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(curves) <= MOST_NAMES:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))  # beside the curves, not over them
     with write_whole(path) as file:
         figure.savefig(file, format='png', dpi=90)

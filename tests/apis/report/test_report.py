@@ -4,6 +4,7 @@ import base64
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -115,6 +116,22 @@ def test_ap_confusions_and_f1_are_those_of_a_case_computed_by_hand(tmp_path):
     assert 'star' not in result.curves
 
 
+def test_small_images_are_enlarged_with_their_boxes_and_masks(tmp_path):
+    cv2.imwrite(str(tmp_path / '1.png'), np.zeros((100, 100, 3), np.uint8))
+    kept, _ = evaluate([(1, 0, [10, 20, 30, 40])], [(1, 0, [10, 20, 30, 40], .9)], tmp_path)
+    kept['bbox'].cocoGt.anns[1]['segmentation'] = [[10, 20, 40, 20, 40, 60, 10, 60]]
+    found = kept['bbox'].cocoDt.anns[1]
+    found['segmentation'] = kept['bbox'].cocoGt.anns[1]['segmentation']
+    judged, _ = find_of_detection(dict(kept, segm=kept['bbox']), {1: str(tmp_path / '1.png'), 2: 'two.png'}, {1: 0}).images
+    drawn = []
+    judged.draw(SimpleNamespace(add_datasample=lambda name, image, sample, **kwargs: drawn.append((image, sample))), 'x.png')
+    (image, sample), = drawn
+    assert image.shape == (300, 300, 3)
+    for part in (sample.gt_instances, sample.pred_instances):
+        assert part.bboxes.tolist() == [[30, 60, 120, 180]]
+        assert part.masks.shape == (1, 300, 300) and part.masks[0, 60:180, 30:120].all() and part.masks.sum() == 120 * 90
+
+
 def test_a_prediction_takes_the_free_object_that_it_overlaps_most_and_crowds_count_for_nothing():
     near, far, crowd = [0, 0, 10, 10], [0, 2, 10, 10], [50, 50, 40, 40]
     found = [near, near, [60, 60, 10, 10], [20, 80, 5, 5]]
@@ -192,7 +209,8 @@ def test_a_page_has_the_metrics_of_the_test_and_needs_no_other_file(workshop, tm
     assert all(cv2.imdecode(np.frombuffer(picture, np.uint8), 1) is not None for picture in shown.pictures)
     count = 8 if name == 'classification' else 2
     assert len(shown.pictures) == count + (1 if name == 'segmentation' else 2)
-    assert {key: float(value) for key, value in zip(*shown.columns('metrics').values())} == pytest.approx(metrics, abs=5e-4)
+    values = {key: -1 if value == '–' else float(value) for key, value in zip(*shown.columns('metrics').values())}
+    assert values == pytest.approx(metrics, abs=5e-4)
     values = np.array([float(value) for value in shown.columns('classes')[column] if value != '–'])
     weights = [int(value) for value in shown.columns('classes')['images']] if name == 'classification' else None
     factor = 1 if name == 'detection' else 100
