@@ -64,9 +64,10 @@ def test_features_are_those_of_the_backbone(released, images, indices, levels):
 
 
 def test_a_checkpoint_trained_with_mmpretrain_gives_its_last_classifier(released, images, tmp_path):
-    trained = {('backbone.' if name.startswith(('stem', 'subnet')) else 'head.') + name: weight for name, weight in released.items()}
+    trained = {('backbone.' if name.startswith(('stem', 'subnet')) else 'head.') + name: weight
+               for name, weight in released.items()}
     torch.save(dict(state_dict=trained, meta=dict(mmengine_version='0.10.7')), tmp_path / 'epoch_1.pth')
-    model, same = revcol_mm.create_model('revcol_tiny', num_classes=1000), revcol_mm.create_model('revcol_tiny', pretrained=True)
+    model, same = (revcol_mm.create_model('revcol_tiny', pretrained=pretrained) for pretrained in (False, True))
     model.load_pretrained(str(tmp_path / 'epoch_1.pth'))
     assert torch.equal(model(images), same(images))
 
