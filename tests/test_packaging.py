@@ -95,7 +95,8 @@ def test_removed_config_is_not_in_the_next_wheel(checkout, wheel, tmp_path):
         assert [name for name in archive.namelist() if 'soon_removed' in name] == []
 
 
-@pytest.mark.parametrize('kind', ['wheel', *(pytest.param(kind, marks=pytest.mark.slow) for kind in ('sdist', 'editable'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['wheel', 'sdist', 'editable'])
 def test_configs_are_found_outside_the_checkout(kind, checkout, tmp_path, request):
     source = ['-e', checkout] if kind == 'editable' else [request.getfixturevalue(kind)]
     # A fresh environment that sees the packages of this one, without what their .pth files add (an editable revcol_mm).

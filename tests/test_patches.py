@@ -13,6 +13,7 @@ from revcol_mm import patches
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_configs_of_openmmlab_are_found_without_pkg_resources_and_pkgutils_find_loader():
     done = subprocess.run([sys.executable, '-c', """
 import pkgutil, sys

@@ -52,6 +52,7 @@ def test_a_stopped_process_is_named():
     assert 'another process of this run has ended' in answers[2]  # the first one, which has said it
 
 
+@pytest.mark.slow
 def test_a_stopped_first_process_is_named_by_all():
     for text in answers_of_the_others(0, signal.SIGSTOP).values():
         assert text.startswith('no answer from rank 0')

@@ -97,6 +97,7 @@ def test_the_best_checkpoint_so_far_is_deleted_when_the_better_one_is_in_place(c
     assert {file.name for file in (tmp_path / 'work').glob('*.pth')} == {'iter_4.pth', 'best_score_iter_4.pth'}
 
 
+@pytest.mark.slow
 def test_a_file_of_the_same_name_as_an_outdated_one_stays(config, tmp_path):
     """A resumed training can validate at the iteration of the best checkpoint again."""
     fit(config, *VALIDATION)

@@ -16,7 +16,7 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 
 from revcol_mm.apis import config, errors, test, train
-from tests.common import ROOT
+from tests.common import ROOT, mostly_slow
 
 TRAIN, TEST = str(ROOT / 'tools' / 'train.py'), str(ROOT / 'tools' / 'test.py')
 
@@ -63,6 +63,7 @@ def test_out_and_show_dir_are_written_where_they_are_said_to_be_and_tta_merges_m
     assert len(list((tmp_path / 'drawn').rglob('*.jpg'))) == 2
 
 
+@pytest.mark.slow
 def test_tta_of_the_identity_alone_gives_the_plain_predictions_of_the_detector(detector, workshop, tmp_path):
     config, checkpoint = str(workshop / 'detection.py'), str(detector[1])
     test.test([config, checkpoint, '--out', 'plain.pkl', '--work-dir', 'work'])
@@ -247,10 +248,10 @@ def test_a_checkpoint_of_another_model_is_not_tested(workshop, detector, tmp_pat
     assert '\n' not in message
 
 
-@pytest.mark.parametrize('option, found', [
+@pytest.mark.parametrize('option, found', mostly_slow([
     ('model.backbone.kernel_size=5', r'dwconv\.weight.*tools/pad_kernels\.py'),
     ('model.roi_head.bbox_head.fc_out_channels=8', 'have another shape: .*roi_head.bbox_head.shared_fcs'),
-    ('model.backbone.arch.num_columns=2', 'subnet2')])
+    ('model.backbone.arch.num_columns=2', 'subnet2')], ['model.backbone.kernel_size=5']))
 def test_a_training_of_another_model_is_not_resumed(workshop, detector, option, found):
     arguments = [str(workshop / 'detection.py'), '--work-dir', 'w', '--resume', str(detector[1]), '--cfg-options', option]
     for runner in ('Runner', 'FlexibleRunner'):
@@ -258,6 +259,7 @@ def test_a_training_of_another_model_is_not_resumed(workshop, detector, option, 
             train.train([*arguments, f'runner_type={runner}'])
 
 
+@pytest.mark.slow
 def test_what_holds_weights_only_or_is_cut_off_is_not_resumed(workshop, detector, tmp_path):
     config = str(workshop / 'detection.py')
     contents = torch.load(detector[1], weights_only=True)

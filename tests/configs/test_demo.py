@@ -38,13 +38,14 @@ def scores(folder):
     return json.loads(found[-1].read_text().splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('head, metrics', [
     ('cascade_rcnn_revcol_nano', {'coco/bbox_mAP', 'coco/segm_mAP'}),
-    pytest.param('htc_revcol_nano', {'coco/bbox_mAP', 'coco/segm_mAP'}, marks=pytest.mark.slow),
-    pytest.param('dino_revcol_nano', {'coco/bbox_mAP'}, marks=pytest.mark.slow),
-    pytest.param('mask_rcnn_revcol_vit', {'coco/bbox_mAP', 'coco/segm_mAP'}, marks=pytest.mark.slow),
-    pytest.param('upernet_revcol_nano', {'mIoU'}, marks=pytest.mark.slow),
-    pytest.param('mask2former_revcol_nano', {'mIoU'}, marks=pytest.mark.slow),
+    ('htc_revcol_nano', {'coco/bbox_mAP', 'coco/segm_mAP'}),
+    ('dino_revcol_nano', {'coco/bbox_mAP'}),
+    ('mask_rcnn_revcol_vit', {'coco/bbox_mAP', 'coco/segm_mAP'}),
+    ('upernet_revcol_nano', {'mIoU'}),
+    ('mask2former_revcol_nano', {'mIoU'}),
 ])
 def test_every_head_trains_and_is_tested_on_the_digits(folder, head, metrics):
     config, work_dir = DEMO / f'{head}_digits.py', folder / head

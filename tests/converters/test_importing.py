@@ -222,7 +222,8 @@ def test_cascade_mask_rcnn_of_mmdet_2_loads_strictly(tmp_path, capsys):
         classes=('person', 'bicycle'), palette=[(1, 2, 3)])
 
 
-@pytest.mark.parametrize('size, kernel_size, name', [('tiny', 3, 'upernet_revcol_t'), ('huge', 7, 'upernet_revcol_h')])
+@pytest.mark.parametrize('size, kernel_size, name', mostly_slow(
+    [('tiny', 3, 'upernet_revcol_t'), ('huge', 7, 'upernet_revcol_h')], ['tiny']))
 def test_upernet_of_mmseg_0_loads_strictly(tmp_path, capsys, size, kernel_size, name):
     contents = mmseg0(size, kernel_size)
     config = segmentor_config(tmp_path, name, size)

@@ -258,7 +258,8 @@ def compiled_backbone(detector):
     return torch.compile(detector.backbone, fullgraph=True)
 
 
-@pytest.mark.parametrize('mode', ['eager', pytest.param('compiled', marks=pytest.mark.compiler), 'autocast'])
+@pytest.mark.parametrize('mode', [
+    'eager', pytest.param('compiled', marks=[pytest.mark.compiler, pytest.mark.slow]), 'autocast'])
 def test_roi_align_and_detector_read_the_outputs_right(detector, mode, request):
     from mmcv.ops import roi_align
     from mmdet.structures import DetDataSample

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from revcol_mm.utils import planning
 from revcol_mm.utils.memory import count_step
 from revcol_mm.utils.planning import Plan, parse_bytes
-from tests.common import live_bytes, load_config, mostly_slow, narrow, run_tool
+from tests.common import live_bytes, load_config, narrow, run_tool
 
 CONFIG = 'mask_rcnn_revcol_t'
 SHAPE = (128, 192)
@@ -43,7 +43,8 @@ def size_of_parameters():
 
 class TestAgainstARealStep:
 
-    @pytest.mark.parametrize('stored', mostly_slow([4, 1, 0], [1]))
+    @pytest.mark.slow
+    @pytest.mark.parametrize('stored', [4, 1, 0])
     def test_the_whole_is_that_of_a_step_with_all_its_arithmetic(self, stored):
         """A step of the whole detector on the CPU, with random weights and on the same boxes.
 
@@ -115,6 +116,7 @@ class TestWhatLivesThroughout:
 
 class TestWays:
 
+    @pytest.mark.slow
     def test_more_stored_columns_need_more_and_take_less_time(self):
         ways = [plan().way(stored) for stored in range(5)]
         assert [way.step for way in ways] == pytest.approx([1 + rebuilt / 12 for rebuilt in (4, 3, 2, 1, 0)])
