@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What the tests of several folders share: paths, a small architecture, gradients, the tools as modules, narrow models."""
 import contextlib
+import functools
 import gc
 import importlib.util
 import io
@@ -18,6 +19,8 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from revcol_mm.utils.flops import Cost, count
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -127,6 +130,12 @@ def parameter_groups(wrapper: OptimWrapper) -> dict[str, dict]:
 
 def load_config(name: str) -> Config:
     return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+@functools.cache
+def count_config(name: str) -> dict[str, Cost]:
+    """Parameters and multiply-adds of a config, which is counted once: several tests ask for the same ones."""
+    return count(load_config(name))
 
 
 def narrow(cfg: Config) -> Config:

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from mmengine.config import Config
 
-from revcol_mm.utils.flops import Cost, count, default_shape
+from revcol_mm.utils.flops import Cost, default_shape
 from revcol_mm.version import installed_version
-from tests.common import ROOT, mostly_slow
+from tests.common import ROOT, count_config, mostly_slow
 
 CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 METAFILES = [ROOT / path for path in yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']]
@@ -77,7 +77,7 @@ def test_entries_are_complete_and_agree_with_the_config(name):
 @pytest.mark.parametrize('name', mostly_slow(CONFIGS, ['revcol_t_in1k', 'mask_rcnn_revcol_t']))
 def test_counts_in_the_metafiles_and_the_zoo_are_what_the_counter_says(name):
     cfg = Config.fromfile(ROOT / f'configs/{name}.py')
-    total, metadata = count(cfg)['total'], MODELS[name]['Metadata']
+    total, metadata = count_config(name)['total'], MODELS[name]['Metadata']
     # The decoder's ref_point_head reads 1024 channels in onedl-mmdetection, 512 in mmdet: for 900 queries in six layers.
     wider = 512 * 256 if name.startswith('dino') and installed_version('mmdet')[0].startswith('onedl') else 0
     total = Cost(total.params - wider, total.macs - wider * 900 * 6)

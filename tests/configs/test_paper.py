@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config, DictAction
 
 from revcol_mm.utils import flops
-from tests.common import CONFIGS, ROOT, mostly_slow
+from tests.common import CONFIGS, ROOT, count_config, load_config, mostly_slow
 
 PAGE = (ROOT / 'docs/paper.md').read_text()
 ROWS = {cells[0]: cells for line in PAGE.splitlines() if re.match(r'\| (table|figure) \d', line)
@@ -56,8 +56,8 @@ def test_its_links_lead_to_headings():
 @pytest.mark.parametrize('row', mostly_slow(chosen(), [row for row in chosen() if 'revcol_t_in1k' in row[0]]),
                          ids=lambda row: row[0].split('`')[1])
 def test_widths_depths_and_counts_are_the_configs(row):
-    cfg = Config.fromfile(CONFIGS / f'{row[0].split("`")[1]}.py')
-    cost, backbone = flops.count(cfg), flops.build_on_meta(cfg).backbone
+    name = row[0].split('`')[1]
+    cost, backbone = count_config(name), flops.build_on_meta(load_config(name)).backbone
     counted = f'{cost["backbone"].params / 1e6:.1f}M / {cost["total"].macs / 1e9:.2f}G'
     depths = ' '.join(map(str, backbone.depths))
     assert row[1] == str(backbone.num_columns)
@@ -80,7 +80,7 @@ def test_the_rule_chooses_the_configs_of_table_5():
                 macs += columns * 2 * w * w * number + (columns - 1) * w * w // 2 * number
         return params, macs + 8 * c * 1000
 
-    t = flops.count(Config.fromfile(CONFIGS / 'revcol_t_in1k.py'))
+    t = count_config('revcol_t_in1k')
     assert count(64, (2, 2, 4, 2), 4) == (t['backbone'].params, t['total'].macs)
     table = {row[0].split('`')[1]: row for row in chosen() if '4g5' in row[0]}
     for columns, printed in {1: (28e6, 4.4e9), 8: (34e6, 4.7e9), 12: (33e6, 4.4e9), 20: (35e6, 4.2e9)}.items():
@@ -96,7 +96,7 @@ def test_the_rule_chooses_the_configs_of_table_5():
 
 @pytest.mark.slow
 def test_the_single_columns_of_figure_3_have_the_size_of_revcol_s():
-    small = flops.count(Config.fromfile(CONFIGS / 'revcol_s_in1k.py'))
+    small = count_config('revcol_s_in1k')
     commands = [words for words in COMMANDS if 'configs/revcol_4g5_col1_in1k.py' in words]
     assert len(commands) == 2
     for words in commands:
