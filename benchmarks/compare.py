@@ -31,6 +31,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.utils import import_modules_from_strings  # noqa: E402
 
+from revcol_mm.checkpoint.files import open_whole  # noqa: E402
 from revcol_mm.datasets import make_digits  # noqa: E402
 from revcol_mm.utils.flops import count_model  # noqa: E402
 
@@ -145,7 +146,6 @@ class Comparison:
         last, metrics = folder / 'last_checkpoint', self.find(**which)
         if metrics is None or (again and not last.is_file()):
             cfg = config_of(ARMS[arm], task)
-            cfg.randomness = dict(seed=seed)
             cfg.optim_wrapper.optimizer.lr *= factor
             if weights is not None:
                 cfg.load_from = str(weights)
@@ -162,12 +162,11 @@ class Comparison:
 
     def write(self) -> None:
         """Writes the finished trainings, in an order that does not depend on which of them ended first."""
-        scratch = self.out.with_suffix('.part')
         order = {name: place for place, name in enumerate([*ARMS, *TASKS, TUNING, REPORTED])}
         runs = sorted(self.runs, key=lambda run: [order[run[key]] for key in ('data', 'arm', 'task')]
                       + [run['seed'], run['factor']])
-        scratch.write_text(json.dumps(dict(runs=runs), indent=1) + '\n')
-        os.replace(scratch, self.out)
+        with open_whole(str(self.out), 'w') as file:
+            file.write(json.dumps(dict(runs=runs), indent=1) + '\n')
 
     def chain(self, arm: str, data: str, seed: int, factors: dict[str, Iterable[float]]) -> None:
         """Pre-training, then detection and segmentation on its weights, each at the given factors of the learning rate.

@@ -1,6 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Parameters and multiply-adds: the paper's tables, mmengine's counter, and arithmetic by hand."""
-from functools import lru_cache
 from unittest import mock
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from revcol_mm.utils.configs import config_path
 from revcol_mm.utils.flops import build_on_meta, count, count_model
-from tests.common import mostly_slow, run_tool
+from tests.common import count_config, mostly_slow, run_tool
 
 # config: parameters in M, FLOPs in G (None: not printed), tables 2 and 3 of the paper, and of the ConvNeXt paper
 CONVNEXT_T = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
@@ -34,14 +33,12 @@ def load(name: str) -> Config:
     return Config.fromstring(f'_base_ = {name!r}', '.py') if '::' in name else Config.fromfile(config_path(name))
 
 
-@lru_cache
 def counted(name: str) -> dict:
-    cfg = load(name)
-    if name == CONVNEXT_T:  # its drop path rates are read from a tensor, which the meta device does not hold
-        linspace = torch.linspace
-        with mock.patch('torch.linspace', lambda *args, **kwargs: linspace(*args, **dict(kwargs, device='cpu'))):
-            return count(cfg)
-    return count(cfg)
+    if name != CONVNEXT_T:
+        return count_config(name)
+    linspace = torch.linspace  # its drop path rates are read from a tensor, which the meta device does not hold
+    with mock.patch('torch.linspace', lambda *args, **kwargs: linspace(*args, **dict(kwargs, device='cpu'))):
+        return count(load(name))
 
 
 @pytest.mark.parametrize('name', mostly_slow(PUBLISHED, ['cascade_rcnn_revcol_t', 'upernet_revcol_t', CONVNEXT_T]))
