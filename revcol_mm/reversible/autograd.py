@@ -24,7 +24,8 @@ than the threshold.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -141,9 +142,14 @@ class ReversibleCall:
         self.monitor = monitor
         self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
                              dtype=torch.get_autocast_dtype(device), cache_enabled=False)
-        self.anchors = place_anchors(columns, ANCHOR_BUDGET)
+        self.smallest_gammas = fetch_smallest_gammas(columns)
         self.forward_state = ForwardState()
         self.backward_state: BackwardState | None = None
+
+    @cached_property
+    def anchors(self) -> set[int]:
+        """Indices of the columns whose streams are kept. The second column is the first to ask."""
+        return place_anchors(self.smallest_gammas(), ANCHOR_BUDGET)
 
     def run_column(self, column: ReversibleColumn, x: Tensor, p: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
         """The forward pass of one column, as one node: see :class:`ReversibleColumn`."""
@@ -165,26 +171,52 @@ def round_stream(stream: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.bitwise_and_(-2**20).view(stream.dtype).to(dtype)
 
 
-def place_anchors(columns: Sequence[ReversibleColumn], budget: float) -> set[int]:
-    """Indices of the columns whose streams must be kept, for the present values of γ.
+def fetch_smallest_gammas(columns: Sequence[ReversibleColumn]) -> Callable[[], list[float]]:
+    """Starts to fetch the smallest |γ| of every column but the first, at least :data:`MIN_GAMMA`, from the device.
 
-    Going back from the last column, column i amplifies an error by up to 1/min|γ|. Where the product since the last anchor
-    would exceed the budget, column i becomes an anchor.
+    γ is read in every pass, so the values are never those of an earlier step.
+
+    Returns:
+        Callable[[], list[float]]: waits for the values, and returns them. On CUDA it waits for this transfer alone: columns
+        that were started since then go on, and the device does not run out of work.
     """
-    if len(columns) < 2:
-        return set()
     gammas, sharded = [], False
     for column in columns[1:]:
         for gamma, shape in zip(column.gammas, column.gamma_shapes):
             sharded |= isinstance(gamma, DTensor) or tuple(gamma.shape) != shape
             local = (gamma.to_local() if isinstance(gamma, DTensor) else gamma).detach()
             gammas.append(local.abs().amin().float() if local.numel() else local.new_tensor(math.inf, dtype=torch.float32))
+    if not gammas:
+        return list
     smallest = torch.stack(gammas)
     if sharded:  # each process holds a part
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-    smallest = smallest.view(len(columns) - 1, -1).amin(1).clamp_min(MIN_GAMMA).tolist()  # one transfer for all columns
+    smallest = smallest.view(len(columns) - 1, -1).amin(1).clamp_min(MIN_GAMMA)
+    if not smallest.is_cuda:
+        values = smallest.tolist()
+        return lambda: values
+    fetched = smallest.to('cpu', non_blocking=True)  # one transfer for all columns
+    event = torch.cuda.current_stream(smallest.device).record_event()
+
+    def wait() -> list[float]:
+        event.synchronize()
+        return fetched.tolist()
+
+    return wait
+
+
+def place_anchors(smallest: Sequence[float], budget: float) -> set[int]:
+    """Indices of the columns whose streams must be kept.
+
+    Going back from the last column, column i amplifies an error by up to 1/min|γ|. Where the product since the last anchor
+    would exceed the budget, column i becomes an anchor.
+
+    Args:
+        smallest (Sequence[float]): smallest |γ| of columns 1, 2, …
+        budget (float): largest product of 1/|γ| between two anchors.
+    """
     anchors, product = set(), 1.0
-    for index in range(len(columns) - 1, 0, -1):
+    for index in range(len(smallest), 0, -1):
         factor = max(1.0, 1.0 / smallest[index - 1])
         if product * factor > budget:
             anchors.add(index)

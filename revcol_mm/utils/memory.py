@@ -14,14 +14,13 @@ import gc
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -135,18 +134,15 @@ def without_memory(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         nn.Module: the copy.
     """
-    def place_anchors(columns, budget):
-        with unset_fake_temporarily():
-            return place([SimpleNamespace(gamma_shapes=column.gamma_shapes, gammas=[
-                torch.full(shape, INITIAL_GAMMA) for shape in column.gamma_shapes]) for column in columns], budget)
+    def initial_gammas(columns):
+        return lambda: [INITIAL_GAMMA] * (len(columns) - 1)
 
-    place = autograd.place_anchors
     with FakeTensorMode():
         shapes = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype)
                   for tensor in (*model.parameters(), *model.buffers())}
         shapes.update({id(parameter): nn.Parameter(shapes[id(parameter)], parameter.requires_grad)
                        for parameter in model.parameters()})
-        with mock.patch.object(autograd, 'place_anchors', place_anchors), \
+        with mock.patch.object(autograd, 'fetch_smallest_gammas', initial_gammas), \
                 mock.patch.object(autograd._RandomState, 'differs_from', lambda *states: False), \
                 mock.patch.object(DriftMonitor, 'judge', lambda *args: True):
             yield copy.deepcopy(model, shapes)

@@ -12,7 +12,8 @@ from torch import nn
 
 from revcol_mm.models import RevCol, RevColC2f
 from revcol_mm.models.layers import ConvNeXtBlock
-from revcol_mm.reversible import ReversibilityError, ReversibleColumn, place_anchors, run_reversibly
+from revcol_mm.reversible import MIN_GAMMA, ReversibilityError, ReversibleColumn, place_anchors, run_reversibly
+from revcol_mm.reversible.autograd import fetch_smallest_gammas
 from tests.common import gradients_of, live_bytes, mostly_slow, small_arch, worst_error
 
 NARROW = small_arch(4)
@@ -170,12 +171,21 @@ class TestExact:
 
     @pytest.mark.parametrize('budget, expected', [(2.**12, set()), (2.**3, {1, 4}), (2., {1, 2, 3, 4, 5, 6})])
     def test_anchors_bound_the_amplification_between_them(self, budget, expected):
-        assert place_anchors(build(dict(NARROW, num_columns=8)).columns, budget) == expected
+        net = build(dict(NARROW, num_columns=8))
+        assert place_anchors(fetch_smallest_gammas(net.columns)(), budget) == expected
+
+    def test_anchors_follow_the_smallest_gamma_of_the_present_step(self):
+        columns = build(dict(NARROW, num_columns=4)).columns
+        with torch.no_grad():
+            columns[2].gammas[1].view(-1)[3] = -0.25
+            columns[3].gammas[0].zero_()
+        assert fetch_smallest_gammas(columns)() == pytest.approx([0.5, 0.25, MIN_GAMMA])
+        assert fetch_smallest_gammas(columns[:1])() == []
 
     def test_a_pass_without_anchors_is_refused_and_the_same_pass_with_them_is_exact(self, monkeypatch):
         net = build(dict(NARROW, num_columns=32), 0.5, layer_scale=True, reversible=True)
         image = torch.randn(2, 3, 64, 64)
-        monkeypatch.setattr('revcol_mm.reversible.autograd.place_anchors', lambda columns, budget: set())
+        monkeypatch.setattr('revcol_mm.reversible.autograd.place_anchors', lambda smallest, budget: set())
         with pytest.raises(ReversibilityError, match='differ'):
             sum(feature.sum() for feature in net(image)).backward()
         assert net.drift > 1e-2

@@ -120,10 +120,10 @@ def test_a_tensor_of_a_parameters_shape_counts_and_a_view_does_not():
 
 def test_counting_changes_neither_the_model_nor_the_engine():
     from revcol_mm.reversible import autograd
-    net, place_anchors = build(RevCol, small_arch(), reversible=True), autograd.place_anchors
+    net, fetch = build(RevCol, small_arch(), reversible=True), autograd.fetch_smallest_gammas
     parameters = list(net.parameters())
     counted_without_memory(net, (1, 3, 64, 64))
-    assert autograd.place_anchors is place_anchors
+    assert autograd.fetch_smallest_gammas is fetch
     assert all(new is old and old.grad is None and not old.is_meta for new, old in zip(net.parameters(), parameters))
     assert torch.nn.functional.layer_norm.__module__ == 'torch.nn.functional'
 
