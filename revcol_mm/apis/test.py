@@ -118,6 +118,11 @@ def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
         raise LaunchError('--tta needs a checkpoint, because an ONNX file predicts on the image as it is: leave it out')
     model = ONNXModel(args.checkpoint, cfg.get('default_scope'), args.provider)
     cfg.load_from = None
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+    kept = [evaluator for evaluator in evaluators if evaluator.type != 'HeadAccuracy']
+    if len(kept) < len(evaluators):
+        print('HeadAccuracy is left out: a file has the scores of the last head alone')
+        cfg.test_evaluator = kept
     return model
 
 

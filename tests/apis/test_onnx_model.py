@@ -36,6 +36,16 @@ def test_a_file_has_the_metrics_of_its_checkpoint(workshop, name):
         assert found[key] == pytest.approx(value, abs=1e-3, nan_ok=True), key
 
 
+def test_the_metric_of_every_head_is_left_out_because_a_file_has_the_last_head_only(workshop, capsys):
+    config, _, file = exported(workshop, 'classification')
+    cfg = Config.fromfile(config)
+    cfg.test_evaluator = [dict(type='Accuracy', topk=(1, )), dict(type='HeadAccuracy')]
+    cfg.dump('every_head.py')
+    metrics = test.test(['every_head.py', file, '--work-dir', 'work'])
+    assert set(metrics) == {'accuracy/top1'}
+    assert 'HeadAccuracy is left out' in capsys.readouterr().out
+
+
 def test_a_file_of_another_task_and_augmentation_are_refused(workshop):
     _, _, file = exported(workshop, 'classification')
     with pytest.raises(LaunchError, match=re.escape(f'{file} must be a model of detection')):
