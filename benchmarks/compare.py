@@ -150,8 +150,8 @@ class Comparison:
             if weights is not None:
                 cfg.load_from = str(weights)
             folder.mkdir(parents=True, exist_ok=True)
-            cfg.dump(folder / 'given.py')  # not JSON, which has no tuples
-            metrics = train((folder / 'given.py').resolve(), folder.resolve(), [f'randomness.seed={seed}'],
+            cfg.dump(folder / 'config.py')  # not JSON, which has no tuples
+            metrics = train((folder / 'config.py').resolve(), folder.resolve(), [f'randomness.seed={seed}'],
                             list(TASKS[task].metrics), cwd=self.work_dir / data, log=folder / 'log.txt', threads=1)
             with self.lock:
                 if self.find(**which) is None:

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from mmengine.config import Config
 
 from tests.common import ROOT
 
@@ -35,7 +36,8 @@ def trainings(compare, monkeypatch):
 
     def train(config, folder, options, names, cwd, **how):
         arm, task, _, factor = folder.name.rsplit('_', 3)
-        cfg = json.loads(config.read_text())
+        cfg = Config.fromfile(config)
+        assert [type(step.scale) for step in cfg.test_dataloader.dataset.pipeline if 'scale' in step] in ([], [tuple])
         done.append((arm, task, cwd.name, float(factor), cfg.get('load_from'), cfg['optim_wrapper']['optimizer']['lr']))
         (folder / 'last_checkpoint').write_text(str(folder / 'weights.pth'))
         return dict.fromkeys(names, 1.0 if best.get((arm, task)) == float(factor) else 0.5)
