@@ -18,6 +18,7 @@ from .checks import (
     find_file_classes,
     find_model_classes,
 )
+from .checks.common import as_list, kind_of
 from .config import CHECKPOINT, add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel
@@ -85,8 +86,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.out is not None and not dump:
         if scope != 'mmseg':
             raise LaunchError(f'--out must be a file that ends in .pkl or .pickle, but got {args.out}')
-        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-        for evaluator in evaluators:
+        for evaluator in as_list(cfg.test_evaluator):
             evaluator.update(output_dir=args.out, keep_results=True)
     runner = build_runner(cfg, loads_whole_model=True)
     if exported:
@@ -118,8 +118,8 @@ def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
         raise LaunchError('--tta needs a checkpoint, because an ONNX file predicts on the image as it is: leave it out')
     model = ONNXModel(args.checkpoint, cfg.get('default_scope'), args.provider)
     cfg.load_from = None
-    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-    kept = [evaluator for evaluator in evaluators if evaluator.type != 'HeadAccuracy']
+    evaluators = as_list(cfg.test_evaluator)
+    kept = [evaluator for evaluator in evaluators if kind_of(evaluator) != 'HeadAccuracy']
     if len(kept) < len(evaluators):
         print('HeadAccuracy is left out: a file has the scores of the last head alone')
         cfg.test_evaluator = kept

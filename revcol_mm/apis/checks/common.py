@@ -27,6 +27,11 @@ def kind_of(settings: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
 
 
+def as_list(settings: Any) -> list:
+    """The parts of settings that a config gives alone or as a list, such as evaluators: always a list."""
+    return list(settings) if isinstance(settings, (list, tuple)) else [settings]
+
+
 def class_of(dataset: Mapping, scope: str | None) -> Any:
     """The class of a data set in a config; None if it is unknown."""
     with DATASETS.switch_scope_and_registry(scope) as registry:

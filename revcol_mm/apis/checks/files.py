@@ -16,6 +16,7 @@ from ...checkpoint.files import check_bytes
 from ...checkpoint.safe import is_local
 from ...converters import is_official
 from ..errors import LaunchError
+from .common import as_list
 
 #: Files and folders of well-known data sets below their ``data_root``.
 LAYOUTS = dict(
@@ -51,8 +52,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
                 path = path if path is None or not is_local(path) else osp.join(root, path)
                 if _is_missing(path):
                     raise LaunchError(_describe_missing_data(path, key, dataset, section))
-        evaluators = cfg.get(f'{loader}_evaluator') or []
-        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        for evaluator in as_list(cfg.get(f'{loader}_evaluator') or []):
             path = evaluator.get('ann_file')
             if _is_missing(path):
                 raise LaunchError(f'there is no annotation file {path} (looked from {os.getcwd()}), which {loader}_evaluator '

@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from ..errors import LaunchError
-from .common import kind_of
+from .common import as_list, kind_of
 
 
 def count_accumulation(cfg: Config) -> None:
@@ -57,7 +57,7 @@ def check_schedulers(cfg: Config, repair: bool = True) -> None:
         return
     why = ('the groups of parameters have learning rates of their own (paramwise_cfg)' if decayed else
            '--auto-scale-lr changes the learning rate')
-    for index, scheduler in enumerate(schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]):
+    for index, scheduler in enumerate(as_list(schedulers)):
         kind = kind_of(scheduler)
         if 'LR' not in kind and not (kind.endswith('ParamScheduler') and scheduler.get('param_name') == 'lr'):
             continue

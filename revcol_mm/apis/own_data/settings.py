@@ -9,7 +9,7 @@ from torch import nn
 from ...checkpoint.safe import some
 from ...utils.configs import build_on_meta
 from ..checks.classes import kind_and_classes
-from ..checks.common import kind_of, settings_of_leaves
+from ..checks.common import as_list, kind_of, settings_of_leaves
 from ..checks.model import heads_of
 from ..errors import LaunchError, build_errors
 from .layouts import OwnData, Part
@@ -51,8 +51,7 @@ def fill_config(cfg: Config, data: OwnData) -> list[str]:
     for key in ('val_evaluator', 'test_evaluator'):
         if cfg.get(key):
             _set_evaluators(cfg, key, data)
-            evaluators = cfg[key] if isinstance(cfg[key], (list, tuple)) else [cfg[key]]
-            lines.append(f'  {key}: ' + ', '.join(kind_of(evaluator) for evaluator in evaluators))
+            lines.append(f'  {key}: ' + ', '.join(map(kind_of, as_list(cfg[key]))))
     return lines + [_scale_learning_rate(cfg)] + [f'  {note}' for note in data.notes]
 
 
@@ -105,9 +104,8 @@ def _dicts(node: Any) -> Iterator[dict]:
 
 
 def _set_evaluators(cfg: Config, key: str, data: OwnData) -> None:
-    listed = isinstance(cfg[key], (list, tuple))
-    evaluators = [_fitting(evaluator, cfg, data) for evaluator in (cfg[key] if listed else [cfg[key]])]
-    cfg[key] = evaluators if listed else evaluators[0]
+    evaluators = [_fitting(evaluator, cfg, data) for evaluator in as_list(cfg[key])]
+    cfg[key] = evaluators if isinstance(cfg[key], (list, tuple)) else evaluators[0]
 
 
 def _fitting(evaluator: ConfigDict, cfg: Config, data: OwnData) -> dict:
