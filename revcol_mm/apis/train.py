@@ -51,7 +51,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     args = parse_train_args(argv)
     cfg = load_config(args)
     if args.data is not None:
-        print('\n'.join(use_own_data(cfg, args.data, args.val_fraction)))
+        print('\n'.join(use_own_data(cfg, args.data, args.val_fraction, args.cfg_options)))
     elif args.val_fraction is not None:
         raise LaunchError('--val-fraction divides the folder that --data names, but there is no --data')
     if args.amp:

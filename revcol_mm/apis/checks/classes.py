@@ -176,17 +176,22 @@ def unused_ids(ids: Collection[int]) -> Iterator[int]:
     return itertools.count(max(ids) + 1)
 
 
-def check_names(names: Iterable[str], path: str, what: str) -> None:
-    """Every class must have a name of its own.
+def check_names(names: Iterable, path: str, what: str) -> None:
+    """Every class must have a name of its own, which is a text.
 
     Args:
-        names (Iterable[str]): the names.
+        names (Iterable): the names.
         path (str): the file that they come from.
         what (str): what they are in it, for the message.
 
     Raises:
-        LaunchError: some names are there several times.
+        LaunchError: some names are there several times, or are no texts.
     """
+    names = list(names)
+    numbers = [name for name in names if not isinstance(name, str)]
+    if numbers:
+        raise LaunchError(f'the name of every {what} in {path} must be a text, but {some(numbers)} is none: '
+                          f'write "{numbers[0]}" in quotes')
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise LaunchError(f'every {what} in {path} must have a name of its own, but there are several {some(twice)}: '
@@ -269,6 +274,7 @@ def _file_classes(dataset: Mapping, scope: str | None) -> tuple[str, ...] | None
     if path and hasattr(kind, 'COCOAPI') and osp.isfile(osp.join(root, path)):
         path = osp.join(root, path)
         categories = list(read_annotations(path)[1])
+        check_names(categories, path, 'category')
         classes = categories if classes is None else [classes] if isinstance(classes, str) else classes
         check_categories(classes, categories, path, kind.__name__)
         return tuple(name for name in categories if name in classes)

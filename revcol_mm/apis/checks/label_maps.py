@@ -73,34 +73,38 @@ class LabelMaps:
             LaunchError: they are masks of 0 and 255, the classes begin at 0 although reduce_zero_label removes it, or only one
                 class is left beside the ignored value.
         """
-        suspicious = len(self._labels()) < 2 <= len(self.classes)
+        suspicious = len(self._labels()) < 2
         self._search(LONGER if suspicious else SECONDS)
         labels, whole = self._labels(), len(self.seen) == len(self.dataset)
         unseen = [name for label, name in enumerate(self.classes) if label not in labels]
-        if not unseen:
+        if not unseen and len(labels) > 1:
             return
-        text = (f'the label maps of {self.loader}_dataloader must hold the {len(self.classes)} classes, but the values of '
+        count = len(self.classes)
+        classes = f'the {count} classes' if count > 1 else 'at least two classes, the background counted'
+        text = (f'the label maps of {self.loader}_dataloader must hold {classes}, but the values of '
                 f'{len(self.seen)} of {len(self.dataset)} maps are {some(sorted(self.raw), 6)}, of which '
                 + (f'0 and {self.ignored} count as ignored (reduce_zero_label=True)' if self.reduced else
                    f'{self.ignored} counts as ignored'))
         remedy = ': write class numbers into the maps (a mask of 0 and 255 as 0 and 1)'
-        shifted = self.reduced and self.raw[0] and max(self.raw, key=lambda value: value % 255) == len(self.classes) - 1
+        if count == 1:  # what is ignored teaches nothing, so that every pixel that is learned from is of this class
+            remedy += ', and name the background as a class in metainfo.classes and num_classes'
+        shifted = self.reduced and self.raw[0] and max(self.raw, key=lambda value: value % 255) == count - 1
         if shifted:  # the classes from 0 on, one more than can be left
             remedy = ': set reduce_zero_label=False in the data sets of all data loaders, because the maps number from 0'
         masks = set(self.raw) == {0, 255} and self.ignored == 255
         train = self.loader == 'train'
         certain = (masks and (whole or len(self.seen) >= ENOUGH)
-                   or whole and len(self.classes) > 1 and len(labels) < 2 and self.pixels[self.ignored] > 0
+                   or whole and len(labels) < 2 and self.pixels[self.ignored] > 0
                    or whole and shifted and train or not labels and whole)
-        if certain and len(self.classes) > 1:
+        if certain:
             raise LaunchError(text + remedy)
         if suspicious and len(labels) < 2 or whole:
-            warn(f'{len(unseen)} of {len(self.classes)} classes ({some(unseen)}) have no pixel: {text}')
+            warn(f'{len(unseen)} of {count} classes ({some(unseen)}) have no pixel: {text}' if unseen else text)
 
     def _search(self, seconds: float) -> None:
         started = time.monotonic()
         for index in range(len(self.dataset)):
-            if len(self._labels()) == len(self.classes) or time.monotonic() - started > seconds:
+            if len(self._labels()) >= max(len(self.classes), 2) or time.monotonic() - started > seconds:
                 return
             if index not in self.seen:
                 try:

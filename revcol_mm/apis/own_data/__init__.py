@@ -16,7 +16,7 @@ docs/own_data.md describes the layouts for users.
 """
 import os
 import os.path as osp
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 from mmengine.config import Config
 
@@ -36,7 +36,8 @@ def own_data_folder(cfg: Config) -> str:
     return osp.join(cfg.work_dir, 'own_data')
 
 
-def use_own_data(cfg: Config, root: str, val_fraction: float | None = None) -> Sequence[str]:
+def use_own_data(cfg: Config, root: str, val_fraction: float | None = None, options: Mapping[str, Any] | None = None
+                 ) -> Sequence[str]:
     """Makes a config train on a folder, and tells what was chosen.
 
     Args:
@@ -44,6 +45,8 @@ def use_own_data(cfg: Config, root: str, val_fraction: float | None = None) -> S
         root (str): the folder, which is only read.
         val_fraction (float | None): share of the data that is taken for validation, between 0 and 1, where the folder has no
             part for it. The lists of both parts are written into the work folder. Default: None.
+        options (Mapping | None): the settings of the command line that ``cfg`` has already, because a learning rate among
+            them stays as it is. Default: None.
 
     Returns:
         Sequence[str]: lines for the user.
@@ -57,7 +60,7 @@ def use_own_data(cfg: Config, root: str, val_fraction: float | None = None) -> S
     lists: dict[str, str] = {}
     if val_fraction is not None:
         data, lists = split_data(data, val_fraction, own_data_folder(cfg))
-    lines = fill_config(cfg, data)
+    lines = fill_config(cfg, data, options)
     if lists:
         with lock_work_dir(cfg.work_dir, cfg.launcher):
             _write(lists)

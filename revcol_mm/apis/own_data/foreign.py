@@ -4,7 +4,8 @@ import os
 import os.path as osp
 from typing import Iterator
 
-from .names import part_of
+from ...checkpoint.safe import some
+from .names import is_hidden, part_of
 
 VOC, YOLO = 'Pascal VOC (an XML file for each image)', 'YOLO (a text file for each image)'
 #: Folders that hold no annotations of boxes, and files of YOLO's folders that are none.
@@ -23,24 +24,29 @@ def convert(root: str, kind: str) -> str:
     """Says what converts a folder in one of these formats, with the lines of Python to type."""
     ending, call = ('.xml', 'from_pascal_voc') if kind == VOC else ('.txt', 'from_yolo')
     target = osp.normpath(root) + '_coco'
-    lines, parts = ['import supervision as sv'], set()
+    folders: dict[str, list[str]] = {}
     for labels in _folders_with(root, ending):
-        part = _part(root, labels)
-        parts.add(part)
+        folders.setdefault(_part(root, labels), []).append(labels)
+    held = f'{osp.join(root, "")} must hold annotations in COCO format, but holds them in the format of {kind}'
+    several = next((labels for labels in folders.values() if len(labels) > 1), None)
+    if several:
+        return (f'{held}, and in several folders ({some(several)}), which would be one set: name one of them with --data, or '
+                'bring their files into one')
+    lines = ['import supervision as sv']
+    for part, (labels, ) in folders.items():
         arguments = [_images_of(root, labels), labels, *([_class_file(root)] if kind == YOLO else [])]
         images = osp.join(target, part).rstrip('/')
         lines += [f'data = sv.DetectionDataset.{call}({", ".join(map(repr, arguments))})',
                   f'data.as_coco({images!r}, {osp.join(images, "_annotations.coco.json")!r})']
-    option = '' if len(parts) > 1 else ' --val-fraction 0.2'
-    return (f'{osp.join(root, "")} must hold annotations in COCO format, but holds them in the format of {kind}. The library '
-            f'supervision (pip install supervision) converts a copy; type into Python:\n\n    '
+    option = '' if len(folders) > 1 else ' --val-fraction 0.2'
+    return (f'{held}. The library supervision (pip install supervision) converts a copy; type into Python:\n\n    '
             + '\n    '.join(lines) + f'\n\nand train with --data {target}{option}')
 
 
 def _folders_with(root: str, ending: str) -> Iterator[str]:
     """Folders in which labels of this kind lie: those that have images in them or beside them."""
     for place, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith('.') and name not in LISTS)
+        folders[:] = sorted(name for name in folders if not is_hidden(name) and name not in LISTS)
         labels = {osp.splitext(name)[0] for name in names if name.endswith(ending) and name not in NO_LABELS}
         images = _images_of(root, place)
         if labels and osp.isdir(images) and any(

@@ -17,7 +17,7 @@ from ..checks.files import load_annotations, no_annotations
 from ..checks.label_maps import LabelMaps
 from ..errors import LaunchError
 from .foreign import convert, foreign_format
-from .names import folders_of, images_below, only, part_folders, part_of, words_of
+from .names import folders_of, hidden_folders, images_below, only, part_folders, part_of, words_of
 
 #: Parts of the data.
 LONG = dict(train='training', val='validation')
@@ -111,7 +111,18 @@ def find_data(root: str, cfg: Config, split: bool = False) -> OwnData:
     if data.val is not None and split:
         raise LaunchError(f'--val-fraction divides data that have no part for validation, but {root} has one '
                           f'({_place(data.val)}): leave --val-fraction out')
+    if not split:
+        _refuse_hidden_folders(data)
     return data
+
+
+def _refuse_hidden_folders(data: OwnData) -> None:
+    """mmseg takes images from them, and mmpretrain takes them for classes, where no list names the samples."""
+    for part in (data.train, data.val) if data.scope != 'mmdet' else ():
+        hidden = hidden_folders(part.images)
+        if hidden:
+            raise LaunchError(f'{part.images} must have no hidden folders, because {data.scope} reads them, too, but it has '
+                              f'{some(hidden)}: remove them')
 
 
 def _place(part: Part) -> str:
@@ -186,18 +197,20 @@ def _coco_part(root: str, path: str, part: str) -> Part:
     folders += [osp.join(folder, 'images', '') for folder in folders]
     folders += [osp.join(root, name, '') for name in ('images', 'data')] + [root]
     folders = list({osp.realpath(folder): folder for folder in reversed(folders) if osp.isdir(folder)}.values())[::-1]
-    sample = names[::max(len(names) // 50, 1)]
+    relative = [name for name in names if not osp.isabs(name)]  # an absolute one is found from any folder
+    sample = relative[::max(len(relative) // 50, 1)]
     found = {folder: sum(osp.isfile(osp.join(folder, name)) for name in sample) for folder in folders}
     most = max(found.values())
     best = [folder for folder, count in found.items() if count == most]
-    if not most:
+    if relative and not most:
         raise LaunchError(f'the images of {path} must lie in one of the folders {some(folders, 6)}, but none of them has '
                           f'{some(names, 2)}: put the images there')
-    folder = only(best, root, f'folder with the images of {path}')
+    folder = only(best, root, f'folder with the images of {path}') if relative else best[0]
     missing = [name for name in names if not osp.isfile(osp.join(folder, name))]
     if missing:
-        raise LaunchError(f'{folder} must have all {len(names)} images of {path}, but {len(missing)} are missing '
-                          f'({some(missing)}): put them there, or remove their entries from a copy of the file')
+        raise LaunchError(f'{folder if relative else "the disk"} must have all {len(names)} images of {path}, but '
+                          f'{len(missing)} are missing ({some(missing)}): put them there, or remove their entries from a copy '
+                          'of the file')
     return Part(folder, path, names, content=content)
 
 
@@ -276,8 +289,9 @@ def _map_classes(root: str, part: Part) -> tuple[tuple[str, ...], tuple[str, ...
                 names = [line.strip() for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise LaunchError(f'{path} must be a text in UTF-8, but is not: {error}') from None
-        if not names:
-            raise LaunchError(f'{path} must have the name of a class in every line, but is empty')
+        if len(names) < 2:
+            raise LaunchError(f'{path} must have the name of a class in every line, and at least two, the background counted, '
+                              f'but has {some(names) or "none"}')
         check_names(names, path, 'class')
         return tuple(names), ()
     # Any number may be a class.
@@ -307,6 +321,10 @@ def find_classification(root: str) -> OwnData | None:
     classes = _class_folders(folder)
     if folder == root and any(map(part_of, classes)):
         return None
+    empty = [name for name in classes if not images_below(osp.join(folder, name))]
+    if empty:
+        raise LaunchError(f'every folder in {folder} is a class and must have images, but {some(empty)} '
+                          f'{"has" if len(empty) == 1 else "have"} none: remove the folder, or add its images')
     if len(classes) < 2:
         if folders['train'] is None:
             return None

@@ -23,10 +23,21 @@ def part_of(name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a program made the file or folder for itself, as Jupyter's .ipynb_checkpoints and macOS's __MACOSX."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
 def folders_of(path: str) -> list[str]:
     if not osp.isdir(path):
         return []
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.'))
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
+
+
+def hidden_folders(path: str) -> list[str]:
+    """The hidden folders below a folder, as paths from it."""
+    return [osp.relpath(osp.join(place, name), path) for place, folders, _ in os.walk(path, followlinks=True)
+            for name in sorted(folders) if is_hidden(name)]
 
 
 def part_folders(path: str, part: str) -> list[str]:
@@ -50,7 +61,7 @@ def images_below(folder: str) -> list[str]:
     """The image files in a folder and those below it, as paths from it."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [osp.relpath(osp.join(place, name), folder) for name in sorted(names)
-                  if name.lower().endswith(IMAGES) and not name.startswith('.')]
+                  if name.lower().endswith(IMAGES) and not is_hidden(name)]
     return found

@@ -1,7 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Writes own data into a config: data sets, evaluators, the number of classes wherever it stands, the learning rate."""
 import copy
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from mmengine.config import Config, ConfigDict
 from torch import nn
@@ -21,7 +21,7 @@ KEPT = ('pipeline', 'filter_cfg', 'test_mode', 'serialize_data', 'lazy_init', 'm
         'ignore_index')
 
 
-def fill_config(cfg: Config, data: OwnData) -> list[str]:
+def fill_config(cfg: Config, data: OwnData, options: Mapping[str, Any] | None = None) -> list[str]:
     """Makes a config train and test on own data.
 
     Batch sizes, transforms and the schedule stay those of the config. Data loaders and evaluators that the config does not
@@ -30,6 +30,8 @@ def fill_config(cfg: Config, data: OwnData) -> list[str]:
     Args:
         cfg (Config): the config; changed in place. Its packages are registered.
         data (OwnData): with both parts.
+        options (Mapping | None): the settings of the command line that ``cfg`` has already. A learning rate among them is not
+            scaled, and neither is any with ``auto_scale_lr.enable=False``. Default: None.
 
     Returns:
         list[str]: what was chosen, for the user.
@@ -50,9 +52,13 @@ def fill_config(cfg: Config, data: OwnData) -> list[str]:
     lines += _leave_out_semantic_maps(cfg) + _set_heads(cfg, data, same_classes)
     for key in ('val_evaluator', 'test_evaluator'):
         if cfg.get(key):
+            before = [kind_of(evaluator) for evaluator in as_list(cfg[key])]
             _set_evaluators(cfg, key, data)
-            lines.append(f'  {key}: ' + ', '.join(map(kind_of, as_list(cfg[key]))))
-    return lines + [_scale_learning_rate(cfg)] + [f'  {note}' for note in data.notes]
+            kinds = [kind_of(evaluator) for evaluator in as_list(cfg[key])]
+            lines.append(f'  {key}: ' + ', '.join(kinds))
+            if key == 'val_evaluator' and kinds != before:
+                lines += _choose_best_by_any_metric(cfg)
+    return lines + [_scale_learning_rate(cfg, options or {})] + [f'  {note}' for note in data.notes]
 
 
 # Data sets -----------------------------------------------------------------------------------------------------------------
@@ -123,6 +129,19 @@ def _fitting(evaluator: ConfigDict, cfg: Config, data: OwnData) -> dict:
         return evaluator if fits else dict(type='IoUMetric', iou_metrics=['mIoU'])
     _limit_ranks(evaluator, len(data.classes))
     return evaluator
+
+
+def _choose_best_by_any_metric(cfg: Config) -> list[str]:
+    """The metrics that a hook keeps the best checkpoint by are those of the evaluator that was replaced."""
+    hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
+    lines = []
+    for hook in hooks:
+        if hook and hook.get('save_best') not in (None, 'auto'):
+            lines.append(f'  {kind_of(hook)}: save_best="auto", the first metric, because {hook.save_best} was one of another '
+                         'evaluator')
+            hook.save_best = 'auto'
+            hook.pop('rule', None)
+    return lines
 
 
 def _limit_ranks(node: dict, count: int) -> None:
@@ -208,7 +227,14 @@ def _fit_weights(weights: Any, old: int, count: int) -> list[float] | None:
     return [weights[0]] * count + list(weights[old:]) if len(set(weights[:old])) == 1 else None
 
 
-def _scale_learning_rate(cfg: Config) -> str:
+def _scale_learning_rate(cfg: Config, options: Mapping[str, Any]) -> str:
+    given = Config()
+    given.merge_from_dict(dict(options))
+    rate = ((given.get('optim_wrapper') or {}).get('optimizer') or {}).get('lr')
+    if rate is not None:
+        return f'  learning rate: {rate}, as given, and not scaled'
+    if (given.get('auto_scale_lr') or {}).get('enable') is False:
+        return f'  learning rate: as in {cfg.filename}, not scaled, because auto_scale_lr.enable=False'
     base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     if base is None:
         return f'  learning rate: as in {cfg.filename}, which names no auto_scale_lr.base_batch_size to scale it'

@@ -21,6 +21,14 @@ def test_masks_of_0_and_255_are_refused(checks, tmp_path):
         check_maps(checks, dataset)
 
 
+@pytest.mark.parametrize('maps, said', [
+    ([[0, 255], [255, 0]], 'must hold at least two classes, .* are 0, 255, .*as 0 and 1.*, and name the background as a class'),
+    ([[255, 255]], 'must hold at least two classes')])
+def test_maps_of_one_class_and_ignored_pixels_teach_nothing(checks, tmp_path, maps, said):
+    with pytest.raises(LaunchError, match=said):
+        check_maps(checks, BaseSegDataset(**write_maps(tmp_path, *maps), metainfo=dict(classes=('crack', ))), 1)
+
+
 def test_a_second_class_outside_of_the_sample_is_found(checks, tmp_path):
     maps = [[0, 255]] * 30
     maps[1] = [1, 255]

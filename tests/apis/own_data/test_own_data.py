@@ -21,7 +21,7 @@ from revcol_mm.apis.errors import LaunchError
 from revcol_mm.apis.own_data import use_own_data
 from revcol_mm.apis.own_data.layouts import find_data
 from revcol_mm.apis.own_data.settings import _fit_weights
-from revcol_mm.apis.train import train
+from revcol_mm.apis.train import parse_train_args, train
 from revcol_mm.datasets import make_digits
 from revcol_mm.utils.configs import build_on_meta
 from tests.apis.checks.made_up import write_coco, write_folders
@@ -198,6 +198,17 @@ def test_images_in_one_folder_are_found_by_the_names_in_the_file(tmp_path):
     assert find_data(str(root), SCOPES['mmdet']).train.images == f'{root}/images/'
 
 
+def test_images_may_have_absolute_names(tmp_path):
+    coco(tmp_path / 'mine')
+    for part in ('train', 'val'):
+        spoil(tmp_path / f'mine/{part}.json', lambda content: [
+            image.update(file_name=str(tmp_path / 'mine' / part / image['file_name'])) for image in content['images']])
+    cfg = on_own_data(DETECTOR, tmp_path / 'mine')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        data = DATASETS.build(cfg.train_dataloader.dataset)
+    assert all(Path(data.get_data_info(index)['img_path']).is_file() for index in range(len(data)))
+
+
 def test_the_group_that_roboflow_lists_as_a_category_is_no_class(tmp_path):
     def group(content):
         for category in content['categories']:
@@ -330,6 +341,36 @@ def test_a_fraction_is_divided_alike_every_time_and_written_into_the_work_folder
     assert files_of(root) == before
 
 
+def test_hidden_folders_are_no_classes_of_divided_data(tmp_path):
+    write_images(*(tmp_path / 'mine' / group / str(index) for group in ('a', 'b', '__MACOSX') for index in range(2)))
+    assert on_own_data(CLASSIFIER, tmp_path / 'mine', 0.5).train_dataloader.dataset.metainfo.classes == ('a', 'b')
+
+
+@pytest.mark.parametrize('options, scaled, said', [
+    (['train_dataloader.num_workers=0'], True, 'scaled to the real one'),
+    (['optim_wrapper.optimizer.lr=0.003'], False, 'learning rate: 0.003, as given, and not scaled'),
+    (['auto_scale_lr.enable=False'], False, 'not scaled, because auto_scale_lr.enable=False')])
+def test_a_learning_rate_that_the_user_gives_is_not_scaled(tmp_path, options, scaled, said):
+    coco(tmp_path / 'mine')
+    args = parse_train_args([DETECTOR, '--cfg-options', *options])
+    cfg = config(DETECTOR)
+    cfg.merge_from_dict(args.cfg_options)
+    lines = use_own_data(cfg, 'mine', options=args.cfg_options)
+    assert bool(cfg.auto_scale_lr.get('enable')) == scaled
+    assert any(said in line for line in lines)
+
+
+def test_the_best_checkpoint_is_not_chosen_by_a_metric_of_a_replaced_evaluator(tmp_path):
+    coco(tmp_path / 'mine')
+    for evaluator, chosen in ((dict(type='VOCMetric'), 'auto'), (None, 'coco/bbox_mAP')):
+        cfg = config(DETECTOR)
+        cfg.default_hooks.checkpoint.save_best = 'coco/bbox_mAP' if evaluator is None else 'pascal_voc/mAP'
+        cfg.val_evaluator = evaluator or cfg.val_evaluator
+        lines = use_own_data(cfg, 'mine')
+        assert cfg.default_hooks.checkpoint.save_best == chosen
+        assert any('save_best="auto"' in line and 'pascal_voc/mAP' in line for line in lines) == (chosen == 'auto')
+
+
 # What is wrong with a folder -----------------------------------------------------------------------------------------------
 
 def spoil(path: Path, change) -> None:
@@ -403,6 +444,35 @@ def one_class(root):
         write_folders(root / part, 'a')
 
 
+def numbers_for_names(root):
+    spoil(coco(root) / 'train.json', lambda content: content['categories'][0].update(name=7))
+
+
+def absolute_names_of_another_disk(root):
+    spoil(coco(root) / 'train.json', lambda content: [image.update(file_name=f'/none{root}/a.png')
+                                                      for image in content['images']])
+
+
+def one_line(root):
+    (write_maps(root) / 'classes.txt').write_text('crack\n')
+
+
+def folder_without_images(root):
+    for part in ('train', 'val'):
+        write_folders(root / part, 'a', 'b')
+    (root / 'train' / 'c').mkdir()
+
+
+def hidden_class_folder(root):
+    for part in ('train', 'val'):
+        write_folders(root / part, 'a', 'b')
+    write_images(root / 'val' / '__MACOSX' / '0')
+
+
+def hidden_images(root):
+    write_images(write_maps(root) / 'images' / 'train' / '.ipynb_checkpoints' / '0-checkpoint', suffix='.jpg')
+
+
 @pytest.mark.parametrize('scope, make, said', [
     ('mmdet', no_annotations, 'must hold a set in COCO format, .*no such data were found in it; it holds photos/'),
     ('mmdet', two_candidates, 'must have one annotation file for training, but has 2: .*/instances_train.json, .*/train.json'),
@@ -411,6 +481,8 @@ def one_class(root):
     ('mmdet', no_images_at_all, 'images of .*train.json must lie in one of the folders .*none of them has 0.png, 1.png'),
     ('mmdet', name_twice, 'every category in .*train.json must have a name of its own, but there are several disc'),
     ('mmdet', only_validation, 'must have an annotation file for training, but has only .*val.json'),
+    ('mmdet', numbers_for_names, 'the name of every category in .*train.json must be a text, but 7 is none: write "7"'),
+    ('mmdet', absolute_names_of_another_disk, r'the disk must have all 2 images of .*train.json, but 2 .*\(/none/.*/a.png'),
     ('mmdet', no_json, 'train.json must be an annotation file in COCO format'),
     ('mmdet', classes_for_detector, 'because detector.py is a config of mmdet, but it holds a folder of images for each class'),
     ('mmseg', boxes_for_segmentor, 'because segmentor.py is a config of mmseg, but it holds a set in COCO format'),
@@ -418,6 +490,10 @@ def one_class(root):
     ('mmseg', gaps, 'from 0 on without a gap .*but hold 0, 128, 255: write the names of all classes into classes.txt'),
     ('mmseg', no_map, r'must have a label map of its name in .*annotations/val/, but 1 of 2 have none \(1\)'),
     ('mmseg', mixed_endings, r'images/train/ must have names that end alike, such as .png, but there are 2 .jpg, 1 .png'),
+    ('mmseg', one_line, 'at least two, the background counted, but has crack'),
+    ('mmseg', hidden_images, 'images/train/ must have no hidden folders, because mmseg .* it has .ipynb_checkpoints'),
+    ('mmpretrain', folder_without_images, 'every folder in .*train/ is a class and must have images, but c has none'),
+    ('mmpretrain', hidden_class_folder, 'val/ must have no hidden folders, because mmpretrain .* it has __MACOSX'),
     ('mmpretrain', one_class, 'train/ must have a folder for each class, of which there are at least two, but has only a')])
 def test_a_folder_that_cannot_be_used_is_named_with_what_it_has_and_should_have(tmp_path, scope, make, said):
     make(tmp_path / 'mine')
@@ -503,6 +579,15 @@ def test_other_formats_are_refused_with_lines_that_convert_them(tmp_path, monkey
     assert len(Converter.calls) == 2
     assert str(error.value).endswith('and train with --data mine_coco')
     assert find_data('mine_coco', SCOPES['mmdet']).val is not None
+
+
+def test_voc_folders_of_several_years_are_not_written_over_one_another(tmp_path):
+    for year in ('VOC2007', 'VOC2012'):
+        write_images(tmp_path / 'mine' / year / 'JPEGImages/0')
+        (tmp_path / 'mine' / year / 'Annotations').mkdir()
+        (tmp_path / 'mine' / year / 'Annotations/0.xml').write_text('<annotation/>')
+    with pytest.raises(LaunchError, match=r'in several folders \(mine/VOC2007/Annotations, .*: name one of them with --data'):
+        find_data('mine', SCOPES['mmdet'])
 
 
 def test_a_voc_folder_of_one_part_is_divided_afterwards(tmp_path):
