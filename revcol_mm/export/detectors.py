@@ -175,6 +175,11 @@ class ExportedTwoStage(ExportedDetector):
             boxes, scores, levels = boxes[large], scores[large], levels[large]
         return boxes[batched_nms(boxes, scores, levels, cfg.nms)[:cfg.max_per_img]]
 
+    @contextmanager
+    def without_threshold(self, model: nn.Module) -> Iterator[None]:
+        with patch.dict(self.model.roi_head.test_cfg, score_thr=0.), patch.dict(model.roi_head.test_cfg, score_thr=0.):
+            yield
+
     def detect(self, features: tuple[Tensor, ...], boxes: Tensor, shape: Tensor,
                factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, multiplied by ``factor`` (4, ), scores and labels of the box heads; scores are the stages' mean."""

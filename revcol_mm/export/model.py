@@ -1,5 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Whole models as ONNX files, from the image to boxes, masks, label maps or scores."""
+import os.path as osp
+import tempfile
 import warnings
 from typing import Any, Callable, Mapping, Sequence
 
@@ -56,6 +58,7 @@ def export_model(model: nn.Module, path: str, sizes: Sequence[tuple[int, int]] =
     at the original size; scores. Height and width are free. The weights are folded and in float32.
 
     The file is run in onnxruntime on images of all sizes and compared with the model's own predictions before it appears.
+    If a detector finds nothing in these images, a second file without the threshold of scores is compared, too.
 
     Args:
         model (nn.Module): a whole model of mmdet, mmseg or mmpretrain, with its weights. It does not change.
@@ -91,10 +94,26 @@ def export_model(model: nn.Module, path: str, sizes: Sequence[tuple[int, int]] =
         about = dict(task=net.task, version=f'revcol_mm {__version__}', license='Apache-2.0',
                      precision='float16' if half else 'float32', **net.settings)
         about.update(metadata or {})
-        return write_onnx(net, inputs, net.outputs, axes, path, opset, lambda run: compare(model, net, run, sizes, half),
-                          about, half, force)
+
+        def write(file: str) -> dict:
+            return write_onnx(net, inputs, net.outputs, axes, file, opset, lambda run: compare(model, net, run, sizes, half),
+                              about, half, force)
+
+        if predicts_something(model, net, sizes):
+            return write(path)
+        with net.without_threshold(model), tempfile.TemporaryDirectory() as folder:
+            deviations = write(osp.join(folder, osp.basename(path)))
+        write(path)
+        return deviations
     finally:
         model.train(trained)
+
+
+@torch.no_grad()
+def predicts_something(model: nn.Module, net: ExportedNet, sizes: Sequence[tuple[int, int]]) -> bool:
+    """Whether the images that :func:`compare` makes have predictions: a trained detector may find nothing in them."""
+    return any(len(value) for size in sizes for found in net.predict(model, make_images(net.batch, size), original_size(size))
+               for value in found.values())
 
 
 @torch.no_grad()

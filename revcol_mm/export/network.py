@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """What every exported model shares: the image's way into the network, and the comparison of a file with torch."""
-from typing import Any, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, Sequence
 
 import torch
 from mmengine.model import BaseDataPreprocessor
@@ -138,6 +139,11 @@ class ExportedNet(nn.Module):
 
     #: Largest accepted deviations, by name.
     limits: dict[str, float] = {}
+
+    @contextmanager
+    def without_threshold(self, model: nn.Module) -> Iterator[None]:
+        """Inside, this network and the model also predict what their threshold of scores drops, if they have one."""
+        yield
 
 
 def shape_of(images: Tensor) -> Tensor:

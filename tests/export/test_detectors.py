@@ -157,6 +157,23 @@ def test_image_with_nothing_to_find_has_empty_outputs(exported):
     assert shapes == dict(boxes=(0, 4), scores=(0, ), labels=(0, ), masks=(0, 30, 20))
 
 
+def test_a_detector_that_finds_nothing_in_noise_is_compared_without_its_threshold(tmp_path, monkeypatch):
+    def nothing_above(cfg) -> None:
+        without_masks(cfg)
+        cfg.model.test_cfg.rcnn.score_thr = 1.1
+
+    model = make_model('mask_rcnn_revcol_vit_digits', nothing_above)
+    compared = []
+    compare = exporting.ExportedTwoStage.compare
+    monkeypatch.setattr(exporting.ExportedTwoStage, 'compare',
+                        lambda net, found, expected: compared.append(len(expected['scores'])) or compare(net, found, expected))
+    export_model(model, str(tmp_path / 'net.onnx'), sizes=[(64, 64)])
+    assert len(compared) == 2 and compared[0] > 10 and compared[1] == 0
+    assert model.roi_head.test_cfg.score_thr == 1.1
+    found = run_file(tmp_path / 'net.onnx', images=random_images(1, (64, 64)), size=torch.tensor([64, 64]))
+    assert len(found['scores']) == 0
+
+
 @torch.no_grad()
 def test_proposals_without_a_detection_have_empty_outputs(exported):
     """In torch, whose networks take such batches as onnxruntime's do."""
