@@ -30,7 +30,9 @@ SOME_LEFT_OUT = 3
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Predict on images with a detector, a segmentor or a classifier')
+    parser = argparse.ArgumentParser(description='Predict on images with a detector, a segmentor or a classifier. An ONNX '
+                                     'file takes the place of config and checkpoint: tools/infer.py FILE.onnx IMAGES --out DIR '
+                                     '(tools/infer.py FILE.onnx --help lists its options)')
     parser.add_argument('config', help='config file, or the name of one of this package')
     parser.add_argument('checkpoint', help=CHECKPOINT)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')

@@ -18,8 +18,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--num-val', type=int, default=200, help='validation images')
     parser.add_argument('--size', type=int, default=128, help='width and height of the images, in pixels')
     parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same files')
-    parser.add_argument('--tuning', action='store_true', help="a set of the training side's handwriting alone, for choosing "
-                        'settings without a look at the validation side')
+    parser.add_argument('--tuning', action='store_true', help='make training and validation images from the training '
+                        'handwriting only, to choose settings on them; the usual validation images stay unseen')
     return parser.parse_args()
 
 

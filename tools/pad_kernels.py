@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         'a segmentor, with averaged weights and optimizer state if it has them')
     parser.add_argument('--size', type=_size_or_name, nargs='+', required=True, metavar='K',
                         help='new kernel sizes, odd; one file each')
-    parser.add_argument('--out', help="output; '{size}' in it stands for the kernel size. Default: CHECKPOINT_kK.pth beside it")
+    parser.add_argument('--out', help="output; '{size}' in it stands for the kernel size. Default: NAME_kK.pth beside NAME.pth")
     parser.add_argument('--std', type=float, default=1e-7, help='standard deviation of the border (default: 1e-7)')
     parser.add_argument('--seed', type=int, default=0, help='seed of the border (default: 0)')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')

@@ -32,8 +32,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('config', help='its config, whose training images show the range of the activations')
     parser.add_argument('--out', required=True, metavar='FILE', help='file_int8.onnx')
     parser.add_argument('--images', type=int, default=64, help='number of training images, evenly spread; default: 64')
-    parser.add_argument('--weight-bits', type=int, choices=[7, 8], help='7 for CPUs without VNNI or similar instructions, '
-                        'whose sums overflow; default: what this CPU needs')
+    parser.add_argument('--weight-bits', type=int, choices=[7, 8], help='bits of the weights. 8 is more exact; 7 is for CPUs '
+                        'without VNNI or a similar instruction, where sums of 8-bit products overflow. Default: what this CPU '
+                        'needs; name it if the file will run on another one')
     parser.add_argument('--force', action='store_true', help='replace an output that exists')
     add_config_options(parser)
     args = parser.parse_args(argv)

@@ -14,8 +14,8 @@ from .checks.options import check_options
 from .errors import PACKAGES, LaunchError
 
 #: What the tools say of their argument CHECKPOINT.
-CHECKPOINT = ("file or URL of the whole model, also of the authors' release; zoo: what the model index names for the config; "
-              'zoo:NAME: what it names for another config')
+CHECKPOINT = ("weights of the whole model: a file or a URL, also of the authors' release; zoo for the public weights of this "
+              'config; zoo:NAME for those of the config NAME')
 
 
 class _Settings(DictAction):

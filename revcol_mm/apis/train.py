@@ -23,9 +23,12 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the arguments of ``tools/train.py``, which are those of mmdet's tool."""
     parser = argparse.ArgumentParser(description='Trains a detector, a segmentor or a classifier')
     parser.add_argument('config', help='config file, or the name of one of this package')
-    parser.add_argument('--amp', action='store_true', help='mixed precision (without a GPU: float32)')
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from this checkpoint; with "auto" or nothing, from the last one in the work folder')
+    parser.add_argument('--amp', action='store_true',
+                        help='train in mixed precision, if the config does not do so already; those of this package do, '
+                             'except the demos. Without a GPU the training is in float32')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='FILE',
+                        help='continue a training from this checkpoint of it; with "auto", or without FILE, from the last '
+                             'checkpoint in the work folder')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
     parser.add_argument('--data', metavar='FOLDER',
