@@ -61,8 +61,8 @@ def find_of_detection(evaluations: Mapping[str, Any], paths: Mapping[int, str], 
                 part = precision[thresholds.index(threshold)]
                 table[f'{KINDS[kind]} AP{threshold * 100:.0f}'] = [_mean(part[:, k, 0, -1]) for k in range(len(ids))]
     at = np.argmin(abs(boxes.params.iouThrs - IOU))
-    curves = {name: (boxes.params.recThrs, boxes.eval['precision'][at, :, k, 0, -1]) for k, name in enumerate(names)
-              if boxes.eval['precision'][at, :, k, 0, -1].max() > -1}
+    curves = [(name, (boxes.params.recThrs, boxes.eval['precision'][at, :, k, 0, -1])) for k, name in enumerate(names)
+              if boxes.eval['precision'][at, :, k, 0, -1].max() > -1]
     confusion, images = np.zeros((len(ids) + 1, len(ids) + 1), int), []
     for image in boxes.params.imgIds:
         pairs = match(*_objects(boxes, image, ids))

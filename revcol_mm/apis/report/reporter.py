@@ -97,17 +97,17 @@ class Reporter(Hook):
             CheckpointError: the page cannot be written.
         """
         findings = self._findings()
-        parts = [table('test', {'': ['config', 'checkpoint', 'images', 'speed'],
-                                'value': [str(self.config), self.checkpoint, str(sum(self.sizes)), self._speed()]}),
-                 heading('Metrics'), table('metrics', {'metric': list(metrics), 'value': [
-                     math.nan if value == -1 else float(value) for value in metrics.values()]}),  # COCO's -1: no such objects
-                 heading('Classes'), table('classes', {'class': findings.classes, **findings.table})]
+        parts = [table('test', [('', ['config', 'checkpoint', 'images', 'speed']),
+                                ('value', [str(self.config), self.checkpoint, str(sum(self.sizes)), self._speed()])]),
+                 heading('Metrics'), table('metrics', [('metric', list(metrics)), ('value', [
+                     math.nan if value == -1 else float(value) for value in metrics.values()])]),  # COCO's -1: no such objects
+                 heading('Classes'), table('classes', [('class', findings.classes), *findings.table.items()])]
         if findings.curves:
             parts.append(picture(draw_curves(findings.curves), 'Precision against recall of each class'))
         parts += [heading('Confusion'), picture(draw_confusion(findings.confusion, findings.confused),
                                                 'Shares of each true class by the class that was predicted'),
-                  table('confusion', {'truth': findings.confused, **{name: column.tolist() for name, column in zip(
-                      map(str, findings.confused), findings.confusion.T)}})]
+                  table('confusion', [('truth', findings.confused), *zip(
+                      map(str, findings.confused), findings.confusion.T.tolist())])]
         best, worst = extremes(findings.images)
         for name, images in dict(Worst=worst, Best=best).items():
             parts += [heading(f'{name} images'), paragraph(f'By {findings.judged_by}.'), *map(self._picture, images)]
