@@ -126,6 +126,17 @@ def test_ap_confusions_and_f1_are_those_of_a_case_computed_by_hand(tmp_path):
     assert 'star' not in curves
 
 
+def test_the_mean_of_the_classes_is_the_metric_with_more_than_100_predictions_in_an_image(tmp_path):
+    truths = [(1, 0, [0, 0, 20, 20]), (1, 1, [40, 40, 20, 20])]
+    wrong = [(1, label, [80, 80, 10, 10], 1 - number / 1000) for label in (0, 1) for number in range(105)]
+    found = [*wrong, (1, 0, [0, 0, 20, 20], .1), (1, 1, [40, 40, 20, 20], .95)]  # the first one is the 106th of its class
+    kept, metrics = evaluate(truths, found, tmp_path)
+    table = find_of_detection(kept, {1: 'one.png', 2: 'two.png'}, {1: 0, 2: 1, 3: 2}).table
+    assert table['box AP'][0] == 0 < table['box AP50'][0]
+    for column, metric in (('box AP', 'mAP'), ('box AP50', 'mAP_50'), ('box AP75', 'mAP_75')):
+        assert np.nanmean(table[column]) == pytest.approx(metrics[f'coco/bbox_{metric}'], abs=5e-4)  # which is rounded
+
+
 def test_small_images_are_enlarged_with_their_boxes_and_masks(tmp_path):
     cv2.imwrite(str(tmp_path / '1.png'), np.zeros((100, 100, 3), np.uint8))
     kept, _ = evaluate([(1, 0, [10, 20, 30, 40])], [(1, 0, [10, 20, 30, 40], .9)], tmp_path)
