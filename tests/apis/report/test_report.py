@@ -259,6 +259,15 @@ def test_a_page_has_the_metrics_of_the_test_and_needs_no_other_file(workshop, tm
     assert names[:10] == tuple('0123456789') and len(shown.tables['confusion']) >= 1 + len(names)
 
 
+def test_metrics_that_are_no_numbers_are_shown_as_text(tmp_path):
+    findings = Findings({}, NAMES, np.eye(3, dtype=int), NAMES, 'chance', [])
+    metrics = dict(python=0.25, missing=-1, tensor=torch.tensor(0.5), array=np.array(0.75), numpy=np.float32(1), none=None,
+                   list=[0.5, 0.25], values=np.array([1, 2]), tensors=torch.tensor([1, 2]), text='good')
+    shown = dict(written(findings, tmp_path, **metrics).tables['metrics'][1:])
+    assert shown == dict(python='0.250', missing='–', tensor='0.500', array='0.750', numpy='1.000', none='None',
+                         list='[0.5, 0.25]', values='[1 2]', tensors='tensor([1, 2])', text='good')
+
+
 def test_a_report_that_is_not_possible_is_refused_with_the_reason(tmp_path):
     def reporter(path='report.html', **settings):
         cfg = Config(dict(default_scope='mmdet', launcher='none') | settings, filename='x.py', cfg_text=' ')
