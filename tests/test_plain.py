@@ -197,3 +197,41 @@ def test_timm_knows_how_images_are_prepared(timm, released):
     said = pretrained_cfg('revcol_tiny')
     assert {key: said[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')} == {
         key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
+
+
+@pytest.fixture
+def own_weights(released, tmp_path) -> tuple[dict, str]:
+    """Weights that are not the released ones, and their file, in the authors' format."""
+    torch.save(dict(model={key: 2 * value for key, value in released.items()}), tmp_path / 'own.pth')
+    model = revcol_mm.create_model('revcol_tiny')
+    model.load_pretrained(str(tmp_path / 'own.pth'))
+    return model.state_dict(), str(tmp_path / 'own.pth')
+
+
+@pytest.mark.parametrize('source', ['file', 'url', 'state_dict'])
+@pytest.mark.parametrize('setting', ['pretrained_cfg_overlay', 'pretrained_cfg'])
+def test_timm_loads_the_weights_that_are_given_instead_of_the_public_ones(timm, own_weights, tmp_path, monkeypatch, source,
+                                                                         setting):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setenv(downloads.MIRROR, str(tmp_path / 'none'))  # the public ones cannot be had
+    weights, file = own_weights
+    given = {source: dict(file=file, url=f'file://{file}', state_dict=weights)[source]}
+    loaded = timm.create_model('revcol_tiny', pretrained=True, **{setting: given}).state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in weights.items())
+
+
+def test_timm_reads_a_model_of_the_hub_by_itself(timm, released, monkeypatch):
+    asked = []
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda model, pretrained_cfg, **_: asked.append(pretrained_cfg))
+    timm.create_model('revcol_tiny', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='somebody/revcol'))
+    assert asked[0]['hf_hub_id'] == 'somebody/revcol' and not asked[0].get('file')
+
+
+def test_timm_names_a_model_without_public_weights_unless_others_are_given(timm, own_weights, monkeypatch):
+    with pytest.raises(CheckpointError, match='revcol_xlarge has no public weights'):
+        timm.create_model('revcol_xlarge', pretrained=True)
+    monkeypatch.setitem(RevCol.ARCHS, 'xlarge', RevCol.ARCHS['tiny'])
+    weights, file = own_weights
+    model = timm.create_model('revcol_xlarge', pretrained=True, pretrained_cfg_overlay=dict(file=file))
+    assert torch.equal(model.backbone.stem[0].weight, weights['backbone.stem.0.weight'])

@@ -45,14 +45,22 @@ def layercam(activation: Tensor, gradient: Tensor, channels: int = 1) -> Tensor:
 def find_class(name: str | None, classes: Sequence[str] | None) -> int | None:
     """The label of a class given by its name or its number; None stays None.
 
+    A number that is also a name is taken for the name, but for the number where names repeat: there, only it tells classes
+    apart.
+
     Raises:
-        ValueError: if there is no such class.
+        ValueError: if there is no such class, or if several have this name.
     """
     if name is None:
         return None
-    if classes and name in classes:
-        return list(classes).index(name)
-    if name.isdecimal() and (not classes or int(name) < len(classes)):
+    is_number = name.isdecimal() and (not classes or int(name) < len(classes))
+    labels = [label for label, known in enumerate(classes or ()) if known == name]
+    if labels and not (is_number and len(set(classes)) < len(classes)):
+        if len(labels) > 1:
+            raise ValueError(f'the class must be one, but got {name!r}, the name of {len(labels)}: give one of their numbers, '
+                             f'{", ".join(map(str, labels))}')
+        return labels[0]
+    if is_number:
         return int(name)
     known = f'one of {", ".join(classes[:10])}{", …" * (len(classes) > 10)}, or a number below {len(classes)}' if classes else \
         'a number, because the names of the classes are not known'

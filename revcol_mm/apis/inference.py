@@ -439,11 +439,11 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
     for path in files.values():
         check_output(path, '', force)
 
-    summary, images, predictions = Summary(), [], []
+    summary, images, predictions, taken = Summary(), [], [], set()
     for index, path in enumerate(progress(paths)):
         try:
             image_id = numbering.image(path, index)
-            if any(image['id'] == image_id for image in images):
+            if image_id in taken:
                 raise ValueError(f'another image of the same name has its id, {image_id}, already: predict on only one of them')
             image = read_image(path)
             results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
@@ -451,6 +451,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
             summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         height, width = image.shape[:2]
+        taken.add(image_id)
         images.append(dict(id=image_id, file_name=path, width=width, height=height))
         predictions += [dict(result, image_id=image_id, category_id=numbering.category(result['category_id']))
                         for result in results]

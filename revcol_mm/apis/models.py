@@ -49,17 +49,20 @@ def predict(model: nn.Module, images: str | os.PathLike | np.ndarray | Sequence)
 
     Raises:
         TypeError: if the model is not from :func:`init_model`.
-        ValueError: if there is no such file, or if it cannot be read as an image.
+        ValueError: if there is no such file, if it cannot be read as an image, or if pixels have another shape or dtype.
     """
     from .inference import predict_sample, read_image
     if not hasattr(model, 'inferencer'):
         raise TypeError(f'model must come from revcol_mm.apis.init_model, but got a {type(model).__name__} of another source')
     if isinstance(images, (list, tuple)):
         return [predict(model, image) for image in images]
-    if not isinstance(images, np.ndarray):
+    if isinstance(images, (str, os.PathLike)):
         images = os.fspath(images)
         try:
             read_image(images)  # OpenCV fills up what is cut off
         except ValueError as error:
             raise ValueError(f'{images}: {error}') from None
+    elif not isinstance(images, np.ndarray) or images.ndim != 3 or images.shape[2] != 3 or images.dtype != np.uint8:
+        shape = f'{images.dtype} {images.shape}' if isinstance(images, np.ndarray) else type(images).__name__
+        raise ValueError(f'an image must be an array (H, W, 3) of uint8, BGR, but got {shape}')
     return predict_sample(model.inferencer, images)

@@ -112,7 +112,7 @@ def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
     """The model in an ONNX file, which takes the place of the config's.
 
     Raises:
-        LaunchError: it cannot be used, or augmentation is asked for.
+        LaunchError: it cannot be used, augmentation is asked for, or HeadAccuracy is the only metric.
     """
     if args.tta:
         raise LaunchError('--tta needs a checkpoint, because an ONNX file predicts on the image as it is: leave it out')
@@ -120,6 +120,9 @@ def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
     cfg.load_from = None
     evaluators = as_list(cfg.test_evaluator)
     kept = [evaluator for evaluator in evaluators if kind_of(evaluator) != 'HeadAccuracy']
+    if not kept:
+        raise LaunchError('test_evaluator must have another metric than HeadAccuracy for an ONNX file, which has the scores of '
+                          "the last head alone, but has none: add dict(type='Accuracy')")
     if len(kept) < len(evaluators):
         print('HeadAccuracy is left out: a file has the scores of the last head alone')
         cfg.test_evaluator = kept

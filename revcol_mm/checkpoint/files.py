@@ -77,6 +77,7 @@ def put_in_place(temporary: str, path: str, replace: bool = True) -> None:
         _rename_to_new_name(temporary, path)
     elif os.path.isdir(path):  # no folder replaces another in one step
         outdated = f'{temporary}.outdated'
+        shutil.rmtree(outdated, ignore_errors=True)  # of a process that was killed here
         os.rename(path, outdated)
         os.rename(temporary, path)
         shutil.rmtree(outdated)

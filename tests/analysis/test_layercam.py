@@ -96,3 +96,12 @@ def test_a_class_has_a_name_or_a_number():
     for name, classes in (('horse', ('cat', 'dog')), ('2', ('cat', 'dog')), ('-1', ('cat', 'dog')), ('cat', None)):
         with pytest.raises(ValueError, match=f'the class must be .* but got {name!r}'):
             find_class(name, classes)
+
+
+def test_a_name_of_two_classes_is_refused_with_their_numbers():
+    classes = ('crane', 'maillot', 'crane', '0')
+    with pytest.raises(ValueError, match="the class must be one, but got 'crane', the name of 2: .* numbers, 0, 2$"):
+        find_class('crane', classes)
+    assert find_class('maillot', classes) == 1
+    assert [find_class(str(number), classes) for number in range(4)] == [0, 1, 2, 3]
+    assert find_class('0', ('1', '0')) == 1  # without repetition a name goes before a number

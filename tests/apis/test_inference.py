@@ -5,6 +5,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from pycocotools.coco import COCO
 
-from revcol_mm.apis import config, errors, test
+from revcol_mm.apis import config, errors, inference, test
 from revcol_mm.apis.inference import _classes_and_palette, build_inferencer, find_images, load_weights, output_names, predict
 from revcol_mm.checkpoint import CheckpointError
 from revcol_mm.datasets import make_digits
@@ -177,6 +178,24 @@ def test_images_are_never_overwritten(workshop, images, tmp_path):
     with pytest.raises(SystemExit, match='error: .* never changed'):
         run(workshop, 'classification', picture, '--out', tmp_path)
     assert picture.read_bytes() == Path(images[0]).read_bytes()
+
+
+def test_the_ids_of_many_images_are_not_compared_with_each_other(tmp_path, monkeypatch):
+    class Id(int):
+        compared = 0
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            Id.compared += 1
+            return int(self) == other
+
+    monkeypatch.setattr(inference, 'read_image', lambda path: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(inference, 'predict_image', lambda *_: ([], None, None))
+    monkeypatch.setattr(inference.Numbering, 'image', lambda self, path, index: Id(index % 60))
+    summary = predict(SimpleNamespace(classes=('cat', )), [f'{index}.jpg' for index in range(100)], str(tmp_path))
+    assert summary.images == 60 and len(summary.skipped) == 40
+    assert '39, already: predict on only one' in summary.skipped['99.jpg']
+    assert Id.compared <= 100
 
 
 def test_files_folders_and_globs_are_found(tmp_path):

@@ -100,6 +100,10 @@ def test_bad_input_is_named_in_one_sentence(folder, published):
     model = init_model(path, device='cpu')
     with pytest.raises(ValueError, match='none.jpg: it cannot be read as an image'):
         predict(model, 'none.jpg')
+    for image, got in ((np.zeros((8, 9, 3)), r'float64 \(8, 9, 3\)'), (np.zeros((8, 9), np.uint8), r'uint8 \(8, 9\)'),
+                       (np.zeros((8, 9, 4), np.uint8), r'uint8 \(8, 9, 4\)'), (torch.zeros(8, 9, 3), 'Tensor')):
+        with pytest.raises(ValueError, match=rf'an image must be an array \(H, W, 3\) of uint8, BGR, but got {got}$'):
+            predict(model, [image])
     with pytest.raises(TypeError, match='must come from revcol_mm.apis.init_model, but got a Linear'):
         predict(torch.nn.Linear(1, 1), 'photo.jpg')
 

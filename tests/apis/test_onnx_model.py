@@ -44,6 +44,10 @@ def test_the_metric_of_every_head_is_left_out_because_a_file_has_the_last_head_o
     metrics = test.test(['every_head.py', file, '--work-dir', 'work'])
     assert set(metrics) == {'accuracy/top1'}
     assert 'HeadAccuracy is left out' in capsys.readouterr().out
+    cfg.test_evaluator = dict(type='HeadAccuracy')
+    cfg.dump('only_heads.py')
+    with pytest.raises(LaunchError, match='must have another metric than HeadAccuracy for an ONNX file, .*, but has none: add'):
+        test.test(['only_heads.py', file, '--work-dir', 'work'])
 
 
 def test_a_file_of_another_task_and_augmentation_are_refused(workshop):

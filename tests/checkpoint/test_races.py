@@ -41,6 +41,14 @@ def test_a_file_with_a_new_name_appears(tmp_path):
     assert (tmp_path / 'out.pth').read_bytes() == b'content' and os.listdir(tmp_path) == ['out.pth']
 
 
+def test_a_folder_is_replaced_after_a_process_was_killed_in_between(tmp_path):
+    for name in ('out', 'draft', 'draft.outdated'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    files.put_in_place(str(tmp_path / 'draft'), str(tmp_path / 'out'))
+    assert os.listdir(tmp_path) == ['out'] and os.listdir(tmp_path / 'out') == ['draft']
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     model = RevCol(dict(channels=(4, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=2))

@@ -64,6 +64,14 @@ def test_a_resumed_run_replaces_the_iterations_that_it_repeats(tmp_path):
     assert train['loss'] == [(1, 4.), (2, 2.)] and val['score'] == [(1, 0.1), (2, 0.2)]
 
 
+def test_a_line_that_a_killed_run_has_cut_off_is_left_out(tmp_path):
+    lines = [json.dumps(dict(lr=1, loss=loss, step=step)) for step, loss in enumerate((4., 3., 2.), 1)]
+    (tmp_path / 'first').write_text('\n'.join((lines[0], lines[1][:-9])))
+    (tmp_path / 'second').write_text(lines[2] + '\n')
+    train, _ = read_scalars([tmp_path / 'first', tmp_path / 'second'])
+    assert train['loss'] == [(1, 4.), (3, 2.)]
+
+
 def test_a_missing_matplotlib_stops_no_training(tmp_path, monkeypatch):
     runner = run(tmp_path, 'no_curves')
     lines = []

@@ -33,8 +33,8 @@ class ClassificationCollector:
         confusion = np.bincount(count * truth + found, minlength=count * count).reshape(count, count)
         images = confusion.sum(1)
         top1 = np.divide(confusion.diagonal(), images, out=np.full(count, np.nan), where=images > 0)
-        curves = {name: recall_and_precision(scores[:, label], truth == label) for label, name in enumerate(self.classes)
-                  if (truth == label).any()}
+        curves = [(name, recall_and_precision(scores[:, label], truth == label)) for label, name in enumerate(self.classes)
+                  if (truth == label).any()]
         judged = [Judged(float(scores[index, label]), sample.img_path, functools.partial(_draw, sample=sample))
                   for index, (label, sample) in enumerate(zip(truth, self.samples))]
         return Findings({'images': images.tolist(), 'top-1': top1.tolist()}, self.classes, confusion, self.classes,

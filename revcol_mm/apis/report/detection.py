@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from .findings import Findings, Judged
 
 SCORE, IOU = 0.3, 0.5  # of a prediction that counts as one in confusions, and of one that finds an object
+MOST = 100  # predictions of a class in an image, up to which pycocotools' mAP counts, whatever the largest limit is
 KINDS = dict(bbox='box', segm='mask')
 BACKGROUND = '(none)'
 LARGE = 384  # pixels; smaller images are enlarged in pictures, up to this
@@ -44,8 +45,10 @@ def find_of_detection(evaluations: Mapping[str, Any], paths: Mapping[int, str], 
         labels (Mapping[int, int]): labels of the model by the ids of their categories.
 
     Returns:
-        Findings: AP over the thresholds of the evaluation, at 0.5 and 0.75 IoU, and curves of boxes at 0.5 IoU. Confusions are
-        those of predictions with a score of 0.3 and more, which overlap an object by 0.5 IoU, whatever its class.
+        Findings: AP over the thresholds of the evaluation, at 0.5 and 0.75 IoU, and curves of boxes at 0.5 IoU. As in the
+        metrics, AP counts the 100 best predictions of each class in an image (nan, if the evaluation has no such limit), and
+        the others as many as the evaluation allows. Confusions are those of predictions with a score of 0.3 and more, which
+        overlap an object by 0.5 IoU, whatever its class.
     """
     boxes = evaluations['bbox']
     ids = [int(index) for index in boxes.params.catIds]  # sorted, as the results are
@@ -55,14 +58,15 @@ def find_of_detection(evaluations: Mapping[str, Any], paths: Mapping[int, str], 
     for kind, evaluation in evaluations.items():
         precision = evaluation.eval['precision']  # (T, R, K, A, M)
         thresholds = np.round(evaluation.params.iouThrs, 2).tolist()
-        table[f'{KINDS[kind]} AP'] = [_mean(precision[:, :, k, 0, -1]) for k in range(len(ids))]
+        limit = np.equal(evaluation.params.maxDets, MOST)
+        table[f'{KINDS[kind]} AP'] = [_mean(precision[:, :, k, 0, limit]) for k in range(len(ids))]
         for threshold in (0.5, 0.75):
             if threshold in thresholds:
                 part = precision[thresholds.index(threshold)]
                 table[f'{KINDS[kind]} AP{threshold * 100:.0f}'] = [_mean(part[:, k, 0, -1]) for k in range(len(ids))]
     at = np.argmin(abs(boxes.params.iouThrs - IOU))
-    curves = {name: (boxes.params.recThrs, boxes.eval['precision'][at, :, k, 0, -1]) for k, name in enumerate(names)
-              if boxes.eval['precision'][at, :, k, 0, -1].max() > -1}
+    curves = [(name, (boxes.params.recThrs, boxes.eval['precision'][at, :, k, 0, -1])) for k, name in enumerate(names)
+              if boxes.eval['precision'][at, :, k, 0, -1].max() > -1]
     confusion, images = np.zeros((len(ids) + 1, len(ids) + 1), int), []
     for image in boxes.params.imgIds:
         pairs = match(*_objects(boxes, image, ids))

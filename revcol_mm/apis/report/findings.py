@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 SHOWN = 4  # best and worst images
 MOST_CURVES, MOST_NUMBERS = 20, 20  # classes up to which each has its curve, and a confusion its number
 
+Curves = Sequence[tuple[str, tuple[np.ndarray, np.ndarray]]]
+
 
 @dataclass
 class Judged:
@@ -36,7 +38,7 @@ class Findings:
         confused (Sequence[str]): names of the rows and columns.
         judged_by (str): what the score of an image is.
         images (list[Judged]): the images, at least the best and the worst ones.
-        curves (dict): recall and precision, each an array, by the class.
+        curves (list): name of a class, and its recall and precision, each an array. Names may repeat. Default: [], none.
     """
     table: Mapping[str, Sequence[Any]]
     classes: Sequence[str]
@@ -44,7 +46,7 @@ class Findings:
     confused: Sequence[str]
     judged_by: str
     images: list[Judged]
-    curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    curves: Curves = field(default_factory=list)
 
 
 def extremes(images: list[Judged], count: int = SHOWN) -> tuple[list[Judged], list[Judged]]:
@@ -54,11 +56,11 @@ def extremes(images: list[Judged], count: int = SHOWN) -> tuple[list[Judged], li
     return ordered[len(worst):][:-count - 1:-1], worst
 
 
-def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+def draw_curves(curves: Curves) -> bytes:
     """Precision against recall, one curve for each class; with many classes without a legend."""
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axis = figure.subplots()
-    for name, (recall, precision) in curves.items():
+    for name, (recall, precision) in curves:
         axis.plot(recall, precision, label=name, linewidth=1)
     axis.set(xlabel='recall', ylabel='precision', xlim=(0, 1.01), ylim=(0, 1.01))
     axis.grid(alpha=0.3)

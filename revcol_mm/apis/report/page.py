@@ -3,7 +3,7 @@
 import base64
 import math
 from html import escape
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Iterable, Sequence
 
 STYLE = """
 body { font-family: sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
@@ -33,16 +33,17 @@ def paragraph(text: str) -> str:
     return f'<p>{escape(text)}</p>'
 
 
-def table(name: str, columns: Mapping[str, Sequence[Any]]) -> str:
+def table(name: str, columns: Sequence[tuple[str, Sequence[Any]]]) -> str:
     """A table.
 
     Args:
         name (str): its id in the page, by which programs find it.
-        columns (Mapping[str, Sequence]): values by the head of the column; the first one names the rows.
+        columns (Sequence[tuple[str, Sequence]]): head of each column, which may repeat, and its values; the first one names
+            the rows.
     """
     rows = ''.join('<tr>' + ''.join(f'<td>{escape(_text(value))}</td>' for value in row) + '</tr>\n'
-                   for row in zip(*columns.values()))
-    head = ''.join(f'<th>{escape(column)}</th>' for column in columns)
+                   for row in zip(*(values for _, values in columns)))
+    head = ''.join(f'<th>{escape(column)}</th>' for column, _ in columns)
     return f'<table id="{escape(name)}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>'
 
 

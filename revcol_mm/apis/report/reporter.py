@@ -7,6 +7,7 @@ import platform
 import tempfile
 import time
 import warnings
+from numbers import Real
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -86,28 +87,28 @@ class Reporter(Hook):
         if self.collector is not None:
             self.collector.add(outputs)
 
-    def write(self, metrics: Mapping[str, float]) -> None:
+    def write(self, metrics: Mapping[str, Any]) -> None:
         """Writes the page.
 
         Args:
-            metrics (Mapping): what the test has returned.
+            metrics (Mapping): what the test has returned. What is no number is shown as text.
 
         Raises:
             LaunchError: a detector's test had no CocoMetric of boxes.
             CheckpointError: the page cannot be written.
         """
         findings = self._findings()
-        parts = [table('test', {'': ['config', 'checkpoint', 'images', 'speed'],
-                                'value': [str(self.config), self.checkpoint, str(sum(self.sizes)), self._speed()]}),
-                 heading('Metrics'), table('metrics', {'metric': list(metrics), 'value': [
-                     math.nan if value == -1 else float(value) for value in metrics.values()]}),  # COCO's -1: no such objects
-                 heading('Classes'), table('classes', {'class': findings.classes, **findings.table})]
+        parts = [table('test', [('', ['config', 'checkpoint', 'images', 'speed']),
+                                ('value', [str(self.config), self.checkpoint, str(sum(self.sizes)), self._speed()])]),
+                 heading('Metrics'), table('metrics', [
+                     ('metric', list(metrics)), ('value', [_number(value) for value in metrics.values()])]),
+                 heading('Classes'), table('classes', [('class', findings.classes), *findings.table.items()])]
         if findings.curves:
             parts.append(picture(draw_curves(findings.curves), 'Precision against recall of each class'))
         parts += [heading('Confusion'), picture(draw_confusion(findings.confusion, findings.confused),
                                                 'Shares of each true class by the class that was predicted'),
-                  table('confusion', {'truth': findings.confused, **{name: column.tolist() for name, column in zip(
-                      map(str, findings.confused), findings.confusion.T)}})]
+                  table('confusion', [('truth', findings.confused), *zip(
+                      map(str, findings.confused), findings.confusion.T.tolist())])]
         best, worst = extremes(findings.images)
         for name, images in dict(Worst=worst, Best=best).items():
             parts += [heading(f'{name} images'), paragraph(f'By {findings.judged_by}.'), *map(self._picture, images)]
@@ -144,6 +145,15 @@ class Reporter(Hook):
                 image.draw(self.visualizer, file)
             with open(file, 'rb') as content:
                 return picture(content.read(), caption, 'jpeg')
+
+
+def _number(value: Any) -> float | str:
+    """A metric as a number, also of a tensor or array without dimensions; nan for COCO's -1, no such objects; or its text."""
+    if getattr(value, 'ndim', None) == 0:
+        value = value.item()
+    if not isinstance(value, Real):
+        return str(value)
+    return math.nan if value == -1 else float(value)
 
 
 def _wait() -> None:

@@ -66,7 +66,7 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
 
     Args:
         files (Iterable[Path]): scalars.json of the runs, in the order of their time. A later run replaces the entries of
-            earlier ones from its first iteration on.
+            earlier ones from its first iteration on. A line that is cut off is left out.
 
     Returns:
         tuple[dict, dict]: the values of the training and of the validations, as (iteration, value) by name. mmengine writes the
@@ -76,7 +76,10 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
     for file in files:
         here, iteration = ([], []), 0
         for line in file.read_text(encoding='utf-8').splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut off: the process was killed while it wrote
+                continue
             if 'lr' in entry:
                 iteration = entry['step']
             here['lr' not in entry].append(dict(entry, step=iteration))

@@ -2,6 +2,7 @@
 """The page of tools/test.py --report: its values against independent computations, and that it needs no other file."""
 import base64
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from revcol_mm.apis.errors import LaunchError
 from revcol_mm.apis.report import Reporter
 from revcol_mm.apis.report.classification import ClassificationCollector, recall_and_precision
 from revcol_mm.apis.report.detection import find_of_detection, match, recorded_evaluations
-from revcol_mm.apis.report.findings import Judged, extremes
+from revcol_mm.apis.report.findings import Findings, Judged, extremes
 from revcol_mm.apis.report.segmentation import SegmentationCollector
 from revcol_mm.apis.test import test as run_test
 from revcol_mm.apis.train import train
@@ -69,6 +70,14 @@ class Page(HTMLParser):
         return dict(zip(head, zip(*rows)))
 
 
+def written(findings: Findings, tmp_path: Path, **metrics) -> Page:
+    """The page of findings, without pictures of images."""
+    reporter = Reporter(str(tmp_path / 'report.html'), Config(dict(default_scope='mmdet', launcher='none')), 'x.pth')
+    reporter.seconds, reporter.sizes, reporter._findings = [1.], [1], lambda: replace(findings, images=[])
+    reporter.write(metrics)
+    return Page((tmp_path / 'report.html').read_text())
+
+
 # Values --------------------------------------------------------------------------------------------------------------------
 
 def evaluate(truths: list[tuple], found: list[tuple], tmp_path: Path):
@@ -111,9 +120,21 @@ def test_ap_confusions_and_f1_are_those_of_a_case_computed_by_hand(tmp_path):
     assert np.nanmean(result.table['box AP']) == pytest.approx(metrics['coco/bbox_mAP'], abs=5e-4)  # which is rounded
     assert result.confusion.tolist() == [[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]]
     assert {image.path: image.score for image in result.images} == {'one.png': 1., 'two.png': 0.}
-    recall, precision = result.curves['square']
+    curves = dict(result.curves)
+    recall, precision = curves['square']
     assert precision[recall <= 0.5] == pytest.approx([1.] * 51) and precision[-1] == pytest.approx(2 / 3)
-    assert 'star' not in result.curves
+    assert 'star' not in curves
+
+
+def test_the_mean_of_the_classes_is_the_metric_with_more_than_100_predictions_in_an_image(tmp_path):
+    truths = [(1, 0, [0, 0, 20, 20]), (1, 1, [40, 40, 20, 20])]
+    wrong = [(1, label, [80, 80, 10, 10], 1 - number / 1000) for label in (0, 1) for number in range(105)]
+    found = [*wrong, (1, 0, [0, 0, 20, 20], .1), (1, 1, [40, 40, 20, 20], .95)]  # the first one is the 106th of its class
+    kept, metrics = evaluate(truths, found, tmp_path)
+    table = find_of_detection(kept, {1: 'one.png', 2: 'two.png'}, {1: 0, 2: 1, 3: 2}).table
+    assert table['box AP'][0] == 0 < table['box AP50'][0]
+    for column, metric in (('box AP', 'mAP'), ('box AP50', 'mAP_50'), ('box AP75', 'mAP_75')):
+        assert np.nanmean(table[column]) == pytest.approx(metrics[f'coco/bbox_{metric}'], abs=5e-4)  # which is rounded
 
 
 def test_small_images_are_enlarged_with_their_boxes_and_masks(tmp_path):
@@ -183,7 +204,26 @@ def test_the_accuracy_of_each_class_and_what_it_is_taken_for_are_counted():
     assert result.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
     assert result.table['top-1'] == pytest.approx([2 / 3, 1, float('nan')], nan_ok=True)
     assert [round(image.score, 1) for image in result.images] == [.7, .1, 1., .6]
-    assert set(result.curves) == {'disc', 'square'}
+    assert [name for name, _ in result.curves] == ['disc', 'square']
+
+
+def test_classes_of_one_name_are_all_shown(tmp_path, monkeypatch):
+    names = ('crane', 'truth', 'crane')
+    monkeypatch.setattr(f'{__name__}.NAMES', names)
+    kept, _ = evaluate([(1, label, [0, 0, 20, 20]) for label in range(3)], [(1, 0, [0, 0, 20, 20], .9)], tmp_path)
+    monkeypatch.undo()
+    collector = ClassificationCollector(names)
+    for truth, found in ((0, 2), (1, 1), (2, 2)):
+        sample = DataSample(metainfo=dict(img_path='')).set_gt_label(truth).set_pred_score(torch.eye(3)[found])
+        collector.add([sample])
+    of_boxes = find_of_detection(kept, {1: '', 2: ''}, {1: 0, 2: 1, 3: 2})
+    for result, counts in ((of_boxes, [['1', '0', '0', '0'], ['0', '0', '0', '1'], ['0', '0', '0', '1'], ['0', '0', '0', '0']]),
+                           (collector.findings(), [['0', '0', '1'], ['0', '1', '0'], ['0', '0', '1']])):
+        assert [name for name, _ in result.curves] == list(names)
+        shown = written(result, tmp_path).tables
+        assert [row[0] for row in shown['classes'][1:]] == list(names)
+        head, *rows = shown['confusion']
+        assert head == ['truth', *result.confused] and [row[1:] for row in rows] == counts
 
 
 def test_no_image_is_among_the_best_and_the_worst():
@@ -217,6 +257,15 @@ def test_a_page_has_the_metrics_of_the_test_and_needs_no_other_file(workshop, tm
     assert factor * np.average(values, weights=weights) == pytest.approx(metrics[metric], abs=factor * 1e-3)
     names = shown.columns('classes')['class']
     assert names[:10] == tuple('0123456789') and len(shown.tables['confusion']) >= 1 + len(names)
+
+
+def test_metrics_that_are_no_numbers_are_shown_as_text(tmp_path):
+    findings = Findings({}, NAMES, np.eye(3, dtype=int), NAMES, 'chance', [])
+    metrics = dict(python=0.25, missing=-1, tensor=torch.tensor(0.5), array=np.array(0.75), numpy=np.float32(1), none=None,
+                   list=[0.5, 0.25], values=np.array([1, 2]), tensors=torch.tensor([1, 2]), text='good')
+    shown = dict(written(findings, tmp_path, **metrics).tables['metrics'][1:])
+    assert shown == dict(python='0.250', missing='–', tensor='0.500', array='0.750', numpy='1.000', none='None',
+                         list='[0.5, 0.25]', values='[1 2]', tensors='tensor([1, 2])', text='good')
 
 
 def test_a_report_that_is_not_possible_is_refused_with_the_reason(tmp_path):
