@@ -48,6 +48,4 @@ def at_least_single(tensor: Tensor) -> Tensor:
 
 
 def _pip_install() -> str:
-    # torch 2.0 came with torchvision 0.15, and so on, one by one.
-    major, minor = (int(part) for part in torch.__version__.split('.')[:2])
-    return f'pip install "torchvision==0.{minor + 15}.*"' if major == 2 else 'pip install --upgrade torchvision'
+    return f'pip install --upgrade torchvision "torch=={torch.__version__.partition("+")[0]}"'  # pip finds the one that needs it
