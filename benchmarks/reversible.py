@@ -242,13 +242,14 @@ def main():
     path = stem.with_suffix('.json')
     results = json.loads(path.read_text()) if args.parts and path.is_file() else {}
     cpu = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    results.update(device=torch.cuda.get_device_name() if args.device == 'cuda' else cpu, torch=torch.__version__,
-                   memory_and_gradients_on=cpu)
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else cpu
     for part in parts:
         PARTS[part](results, args)
+        where = device if part in ('time', 'gpu') else cpu
+        results.setdefault('measured_on', {})[part] = f'{where}, torch {torch.__version__}'
         path.write_text(json.dumps(results, indent=1) + '\n')
     plot(results, stem.with_suffix('.png'))
-    print(json.dumps({key: results[key] for key in ('device', 'slope_of_plain', 'time_of_plain')}, indent=1))
+    print(json.dumps({key: results[key] for key in ('measured_on', 'slope_of_plain', 'time_of_plain')}, indent=1))
     print(f'written: {stem}.json and .png')
 
 
