@@ -48,4 +48,5 @@ def at_least_single(tensor: Tensor) -> Tensor:
 
 
 def _pip_install() -> str:
-    return f'pip install --upgrade torchvision "torch=={torch.__version__.partition("+")[0]}"'  # pip finds the one that needs it
+    """The command with which pip finds the torchvision that needs the installed torch."""
+    return f'pip install --upgrade torchvision "torch=={torch.__version__.partition("+")[0]}"'

@@ -3,6 +3,7 @@
 
 mmengine resolves ``pkg::path`` for a fixed list of packages only. :func:`config_path` takes the place of ``revcol_mm::``.
 """
+import copy
 import difflib
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def get_config(name: str) -> Config:
 
 
 def build_on_meta(cfg: Config) -> nn.Module:
-    """Builds the model of a config in eval mode, on the meta device: shapes without storage."""
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')), torch.device('meta'):
-        return MODELS.build(cfg.model).to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device
+    """Builds the model of a config in eval mode, on the meta device: shapes without storage.
+
+    Swin, ConvNeXt and others read values of tensors while they are built, which meta tensors do not have. Such a model is built
+    on the CPU first.
+    """
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        try:
+            with torch.device('meta'):
+                model = MODELS.build(copy.deepcopy(cfg.model))
+        except RuntimeError as error:
+            if 'meta' not in str(error):
+                raise
+            model = MODELS.build(cfg.model)
+    return model.to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device

@@ -151,6 +151,14 @@ def test_counting_leaves_the_model_as_it_was():
     assert not any('forward' in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize('backbone', [dict(type='mmpretrain.ConvNeXt', arch='atto'), dict(type='mmpretrain.SwinTransformer')])
+def test_a_model_that_reads_values_while_it_is_built_is_counted_too(backbone):
+    cfg = Config(dict(default_scope='mmpretrain', model=dict(type='ImageClassifier', backbone=backbone)))
+    net = build_on_meta(cfg)
+    assert {parameter.device.type for parameter in net.parameters()} == {'meta'}
+    assert count_model(net, (224, 224))['backbone'].params == sum(parameter.numel() for parameter in net.parameters())
+
+
 def test_nothing_is_allocated_for_a_huge_model():
     model = build_on_meta(load('dino_revcol_h'))
     assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])

@@ -78,8 +78,8 @@ class RevCol(ColumnStack):
         reversible (bool): whether to train without stored activations of the columns; the backward pass rebuilds them (see
             :mod:`revcol_mm.reversible`). Without gradients, and in eval mode, the plain path runs. Default: False.
         stored_columns (int): with ``reversible``, the number of columns whose activations are stored all the same, counted from
-            the last column. Each one saves the time of rebuilding it; their memory depends on k, not on the number of columns. With
-            ``num_columns`` or more this is plain training. Without ``reversible`` it has no effect. Default: 0.
+            the last column. Each one saves the time of rebuilding it. Their memory does not depend on the number of columns.
+            With ``num_columns`` or more this is plain training. Without ``reversible`` it has no effect. Default: 0.
         drift_threshold (float | None): largest accepted drift of the rebuilt features, relative to the largest feature.
             Default: None, the value of :data:`~revcol_mm.reversible.DRIFT_THRESHOLD` for the dtype.
         on_drift (str): what to do above the threshold, 'raise' or 'warn'. Default: 'raise'.
