@@ -32,7 +32,8 @@ def test_explained_errors_are_those_of_this_package_or_of_one_beside_it():
     headings = re.findall(r'^### `(.*)`$', (DOCS / 'troubleshooting.md').read_text(), re.MULTILINE)
     assert len(set(headings)) == len(headings) >= 20
     beside = {'No module named': 'importlib/_bootstrap.py', 'operator torchvision::nms does not exist': None,  # Python; C++
-              'CUDA out of memory': None, 'is used but incompatible': 'mmdet', 'Expected more than 1': 'torch/nn/functional.py',
+              'CUDA out of memory': None, 'is used but incompatible': 'mmpretrain',
+              'Expected more than 1': 'torch/nn/functional.py',
               'is not in the mmdet::model registry': None,  # put together from parts
               'The testing results': 'mmdet', 'do not match exactly': 'mmengine', 'Weights only load': 'torch/serialization.py'}
     own = '\n'.join(path.read_text() for path in (ROOT / 'revcol_mm').rglob('*.py'))

@@ -151,6 +151,11 @@ class IterationBatches:
         self.taken += 1
         return batch
 
+    def skip_iter(self, num_iters: int) -> None:
+        """onedl-mmengine's loop asks in this way for what mmengine's requests one by one when it resumes."""
+        for _ in range(num_iters):
+            next(self)
+
     def _begin(self) -> _InfiniteDataloaderIterator:
         sampler = getattr(self.loader.batch_sampler, 'sampler', None)
         if hasattr(sampler, 'set_epoch'):

@@ -53,10 +53,10 @@ class Preprocessing(nn.Module):
             self.register_buffer('std', preprocessor.std)
         if kind == 'SegDataPreProcessor':
             padding = preprocessor.test_cfg or {}
-            swaps, self.divisor, self.value = preprocessor.channel_conversion, padding.get('size_divisor'), preprocessor.pad_val
+            swaps, self.divisor, self.value = _swaps_channels(preprocessor), padding.get('size_divisor'), preprocessor.pad_val
             self.least = padding.get('size')
         else:
-            swaps = preprocessor.to_rgb if kind == 'ClsDataPreprocessor' else preprocessor._channel_conversion
+            swaps = preprocessor.to_rgb if kind == 'ClsDataPreprocessor' else _swaps_channels(preprocessor)
             self.divisor, self.value, self.least = preprocessor.pad_size_divisor, preprocessor.pad_value, None
         self.flips = not swaps  # the loader's images are BGR, those of the exported file RGB
 
@@ -144,6 +144,11 @@ class ExportedNet(nn.Module):
     def without_threshold(self, model: nn.Module) -> Iterator[None]:
         """Inside, this network and the model also predict what their threshold of scores drops, if they have one."""
         yield
+
+
+def _swaps_channels(preprocessor: BaseDataPreprocessor) -> bool:
+    # mmseg has its own name for it, onedl-mmsegmentation that of mmengine.
+    return preprocessor.channel_conversion if hasattr(preprocessor, 'channel_conversion') else preprocessor._channel_conversion
 
 
 def shape_of(images: Tensor) -> Tensor:
