@@ -67,8 +67,8 @@ def get_config(name: str) -> Config:
 def build_on_meta(cfg: Config) -> nn.Module:
     """Builds the model of a config in eval mode, on the meta device: shapes without storage.
 
-    Swin, ConvNeXt and others read values of tensors while they are built, which meta tensors do not have. Such a model is built
-    on the CPU first.
+    The config stays as it is, although mmdet writes into the settings that it builds. Swin, ConvNeXt and others read values of
+    tensors while they are built, which meta tensors do not have. Such a model is built on the CPU first.
     """
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         try:
@@ -77,5 +77,5 @@ def build_on_meta(cfg: Config) -> nn.Module:
         except RuntimeError as error:
             if 'meta' not in str(error):
                 raise
-            model = MODELS.build(cfg.model)
+            model = MODELS.build(copy.deepcopy(cfg.model))
     return model.to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device

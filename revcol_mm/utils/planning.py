@@ -142,7 +142,7 @@ class Plan:
             raise ValueError(f'{cfg.filename} must have a backbone that can be trained reversibly, but has {kind.__name__}, '
                              'whose columns have no inverse')
         _without_sync_bn(cfg.model)
-        self.model = build_on_meta(copy.deepcopy(cfg)).train()  # DINO changes its settings
+        self.model = build_on_meta(cfg).train()
         self.backbone: ColumnStack = self.model.backbone
         self._ways: dict[tuple[int | None, int], Way] = {}
         self._body = copy.copy(self.model)  # what extract_feat runs; heads hold tensors that cannot be copied

@@ -321,7 +321,9 @@ def find_classification(root: str) -> OwnData | None:
     classes = _class_folders(folder)
     if folder == root and any(map(part_of, classes)):
         return None
-    empty = [name for name in classes if not images_below(osp.join(folder, name))]
+    samples = _class_samples(folder, classes)
+    filled = {sample.split(os.sep)[0] for sample in samples}
+    empty = [name for name in classes if name not in filled]
     if empty:
         raise LaunchError(f'every folder in {folder} is a class and must have images, but {some(empty)} '
                           f'{"has" if len(empty) == 1 else "have"} none: remove the folder, or add its images')
@@ -330,7 +332,7 @@ def find_classification(root: str) -> OwnData | None:
             return None
         raise LaunchError(f'{folder} must have a folder for each class, of which there are at least two, but has only '
                           f'{some(classes)}')
-    train = Part(folder, samples=_class_samples(folder, classes))
+    train = Part(folder, samples=samples)
     val = None
     if folders['val'] is not None:
         val = Part(folders['val'], samples=_class_samples(folders['val'], _class_folders(folders['val'])))

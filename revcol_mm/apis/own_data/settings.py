@@ -1,6 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Writes own data into a config: data sets, evaluators, the number of classes wherever it stands, the learning rate."""
-import copy
 from typing import Any, Iterator, Mapping, Sequence
 
 from mmengine.config import Config, ConfigDict
@@ -168,7 +167,7 @@ def _leave_out_semantic_maps(cfg: Config) -> list[str]:
 def _set_heads(cfg: Config, data: OwnData, same_classes: bool) -> list[str]:
     count, lines = len(data.classes), []
     with build_errors(cfg):
-        heads = list(heads_of(build_on_meta(copy.deepcopy(cfg))))  # mmdet writes into the settings that it builds
+        heads = list(heads_of(build_on_meta(cfg)))
     done: set[int] = set()
     for name, head in heads:
         node = _settings_of(cfg, name)
