@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
                    mebibytes={}, over_torch={}, revcol_over_convnext={})
     for name in args.nets:
         shape = args.shape if name.startswith('backbone') else args.model_shape
-        print(f'{name}: export')
+        print(f'{name}: export', flush=True)
         with tempfile.TemporaryDirectory() as folder:
             calls = {}
             for family in FAMILIES:
@@ -159,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
                 found, sizes = ways_of(*net_and_inputs(family, name, tuple(shape)), args.ways, place, args.threads)
                 results['mebibytes'].update({f'{family} {name} {way}': size for way, size in sizes.items()})
                 calls.update({f'{family} {name} {way}': call for way, call in found.items()})
+            print(f'{name}: measure', flush=True)
             medians = {key: statistics.median(times) for key, times in measure(calls, args.rounds).items()}
         results['milliseconds'].update({key: round(1e3 * value, 1) for key, value in medians.items()})
         ways = list(dict.fromkeys(key.rpartition(' ')[2] for key in medians))

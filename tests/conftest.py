@@ -7,6 +7,7 @@ import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _unformatted_configs() -> Iterator[None]:
+    """Every run has its config's text formatted three times, up to a second each. What runs as a process still does."""
+    def keep(text: str, **kwargs) -> tuple[str, bool]:
+        return text, True
+
+    with mock.patch('mmengine.config.config.FormatCode', keep, create=True), \
+            mock.patch('yapf.yapflib.yapf_api.FormatCode', keep):  # the fork of mmengine imports it when it needs it
+        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ SHAPE = (128, 192)
 def config(name: str = CONFIG) -> Config:
     cfg = narrow(load_config(name))
     if name == CONFIG:
+        cfg.model.backbone.arch.depths = (1, 1, 2, 1)  # every block is counted in Python
         cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-4))  # float32
     return cfg
 
