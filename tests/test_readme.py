@@ -11,18 +11,21 @@ from mmengine.registry import TRANSFORMS
 
 from revcol_mm import config_path
 from revcol_mm.apis import config, test, train
-from tests.common import ROOT
+from revcol_mm.models import RevCol
+from revcol_mm.utils.flops import count
+from tests.common import ROOT, count_config, load_config
 
 
-def block(file: str, language: str, folder: str) -> str:
-    """The one code block of the page that uses this folder of data."""
+def block(file: str, language: str, text: str) -> str:
+    """The one code block of the page with this in it."""
     blocks = re.findall(rf'^```{language}\n(.*?)^```$', (ROOT / file).read_text(), re.MULTILINE | re.DOTALL)
-    found, = (text for text in blocks if folder in text)
+    found, = (code for code in blocks if text in code)
     return found
 
 
 SMALL = block('docs/training.md', 'bash', 'data/small/')
 MINE = block('docs/own_data.md', 'python', 'data/mine/')
+IN_PLACE_OF_CONVNEXT = block('docs/training.md', 'python', 'mmdet::convnext/')
 
 
 def parse(script: str):
@@ -101,3 +104,19 @@ def test_the_config_of_ones_own_data_has_two_classes_everywhere_and_at_most_ten_
         assert dataset.pipeline == base[f'{split}_dataloader'].dataset.pipeline
         if split != 'train':
             assert cfg[f'{split}_evaluator'].ann_file == osp.join(dataset.data_root, dataset.ann_file)
+
+
+def test_a_config_of_mmdet_with_revcol_in_place_of_convnext_runs(tmp_path):
+    (tmp_path / 'mine.py').write_text(IN_PLACE_OF_CONVNEXT)
+    cfg, ours = Config.fromfile(tmp_path / 'mine.py'), count_config('mask_rcnn_revcol_t')
+    cost = count(cfg, (64, 64))  # neck and heads read the four outputs
+    assert cost['backbone'].params == ours['backbone'].params and cost['total'].params == ours['total'].params
+    assert cfg.optim_wrapper.constructor == load_config('mask_rcnn_revcol_t').optim_wrapper.constructor
+    assert 'clip_grad' not in cfg.optim_wrapper
+
+
+def test_the_table_of_sizes_has_their_columns_and_widths():
+    page = (ROOT / 'docs/training.md').read_text()
+    rows = re.findall(r'^\| `(\w+)` \| (\d+) \| ([\d, ]+) \| (?:`|none|see)', page, re.MULTILINE)
+    assert {name: (int(columns), tuple(map(int, widths.split(', ')))) for name, columns, widths in rows} == {
+        name: (arch['num_columns'], tuple(arch['channels'])) for name, arch in RevCol.ARCHS.items()}
