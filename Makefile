@@ -65,7 +65,7 @@ setup-mmcv: python
 setup-onedl: python
 	@$(PYTHON) tools/setup_env.py --venv .venv-onedl --requirements requirements/onedl.txt
 
-# What is no Python 3 cannot read the set-up script, which refuses the rest.
+# The set-up script itself needs Python 3.6 to start; it refuses versions that are too old for the package.
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 6))' >/dev/null 2>&1 || \
 		{ echo "error: PYTHON=$(PYTHON) does not run, or is too old; name a Python 3.11, 3.12 or 3.13" >&2; exit 1; }

@@ -171,14 +171,18 @@ class RevColClassifier(nn.Module):
         """Returns levels of the last column, as timm's models do; RevCol has no norm behind them, and its levels run together.
 
         Args:
-            x (Tensor): images.
+            x (Tensor): images (N, in_chans, H, W).
             indices (int | Sequence[int] | None): levels, or how many of the last levels. Default: None, all.
             norm, stop_early: without effect.
             output_fmt (str): 'NCHW', the only one.
             intermediates_only (bool): whether to leave out the last level as a value of its own. Default: False.
 
         Returns:
-            list[Tensor] | tuple[Tensor, list[Tensor]]: the levels, or the last level and the levels.
+            list[Tensor] | tuple[Tensor, list[Tensor]]: the levels, or the last level and the levels. Level l is
+            (N, C_l, H/(4·2^l), W/(4·2^l)).
+
+        Raises:
+            ValueError: for another ``output_fmt``, and for levels that do not exist.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', but got {output_fmt!r}")

@@ -34,7 +34,8 @@ except ImportError:
 PROVIDERS = dict(cpu='CPUExecutionProvider', cuda='CUDAExecutionProvider', openvino='OpenVINOExecutionProvider')
 #: Steps that prepare an image, as the file's metadata names them.
 STEPS = ('Resize', 'ResizeEdge', 'CenterCrop')
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+#: Names of image files end with one of these.
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 TOP = 5  # classes that a classifier's JSON names per image
 
 
@@ -371,12 +372,13 @@ def find_images(patterns: Sequence[str]) -> list[str]:
         ValueError: for a pattern that names no image.
     """
     found: dict[str, str] = {}
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         paths = []
         for place in places:
             inside = sorted(glob.glob(os.path.join(glob.escape(place), '**', '*'), recursive=True))
-            paths += [path for path in inside if path.lower().endswith(EXTENSIONS)] if os.path.isdir(place) else [place]
+            images = [path for path in inside if path.lower().endswith(EXTENSIONS) and os.path.isfile(path)]
+            paths += images if os.path.isdir(place) else [place]
         if not paths:
             raise ValueError(f'there is no image {pattern} (looked from {os.getcwd()})')
         for path in paths:

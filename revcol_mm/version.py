@@ -4,7 +4,7 @@ import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 # Import package -> the distributions that provide it -> the oldest and the newest release series (major, minor) that the tests
 # were run with; docs/installation.md says how. None: a distribution that is always too old; it is

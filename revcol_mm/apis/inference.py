@@ -33,16 +33,13 @@ from ..checkpoint.loading import check_weights, find_differences, find_meta, fin
 from ..checkpoint.safe import some
 from ..checkpoint.zoo import find_address
 from ..converters import todays_checkpoint
+from ..runtime import EXTENSIONS, TOP
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
 from .checks.common import class_of, settings_of_leaves
 from .checks.model import check_heads, check_sliding_window
 from .checks.report import Record
 from .checks.settings import put_classes_right
 from .errors import PACKAGES, LaunchError, build_errors
-
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
-TOP = 5  # classes that a classifier's JSON names per image
-
 
 # Models ----------------------------------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class NumberedBatches:
         next_pass (int): number of the pass that begins next.
         pass_number (int): number of the pass that began last; -1 before the first.
         start (dict): the generators' states when that pass began.
-        skip (int): how many batches of the pass that begins next were had before.
+        skip (int): how many batches of the pass that begins next were consumed before the run was resumed.
         states (tuple, optional): the generators' states when that pass began, and those with which it goes on.
     """
 
@@ -122,12 +122,12 @@ class IterationBatches:
 
     Args:
         loader (DataLoader): the training data, with :class:`NumberedBatches`.
-        replayed (int): how many requests get no answer, because their batches were had before the run was resumed. mmengine's
-            loop asks for all of them, and would have every image decoded again.
+        replayed (int): how many requests get no answer, because their batches were consumed before the run was resumed.
+            mmengine's loop asks for all of them, and would have every image decoded again.
         keep_states (bool): whether making the loader's iterator leaves the generators as they are. Default: False.
 
     Attributes:
-        taken (int): batches that were had in the pass.
+        taken (int): batches of the pass that were consumed.
     """
 
     def __init__(self, loader: DataLoader, replayed: int = 0, keep_states: bool = False) -> None:

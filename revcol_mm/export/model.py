@@ -13,7 +13,7 @@ from ..version import __version__
 from .classifiers import ExportedClassifier
 from .detectors import ExportedDINO, ExportedTwoStage
 from .files import check_request, write_onnx
-from .network import ExportedNet, kind_of
+from .network import ExportedNet, type_name
 from .rewrites import prepare
 from .segmentors import ExportedSegmentor
 
@@ -38,9 +38,9 @@ def exported_net(model: nn.Module, **options) -> ExportedNet:
     Raises:
         ValueError: if the model, or a part of it, is of a kind that cannot be exported. Nothing has been computed then.
     """
-    kind = KINDS.get(kind_of(model))
+    kind = KINDS.get(type_name(model))
     if kind is None:
-        raise ValueError(f'the model must be one of {", ".join(KINDS)} to be exported to ONNX, but is a {kind_of(model)}: '
+        raise ValueError(f'the model must be one of {", ".join(KINDS)} to be exported to ONNX, but is a {type_name(model)}: '
                          'export its backbone (--part backbone)')
     if options.get('logits') and kind is not ExportedSegmentor:
         raise ValueError(f'logits must be False for a {type(model).__name__}, because only segmentors have logit maps')

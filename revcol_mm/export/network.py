@@ -23,11 +23,11 @@ def refuse(part: Any, what: str, allowed: Sequence[str]) -> None:
         what (str): its place in the config.
         allowed (Sequence[str]): names of types. A class derived from one of them may compute something else, and is refused.
     """
-    if kind_of(part) not in allowed:
-        raise ValueError(f'{what} must be a {" or ".join(allowed)} to be exported to ONNX, but got {kind_of(part)}')
+    if type_name(part) not in allowed:
+        raise ValueError(f'{what} must be a {" or ".join(allowed)} to be exported to ONNX, but got {type_name(part)}')
 
 
-def kind_of(part: Any) -> str:
+def type_name(part: Any) -> str:
     """The name of a part's type; with its module in front if this is none of OpenMMLab's packages or ours."""
     kind = type(part)
     return kind.__name__ if kind.__module__.partition('.')[0] in PACKAGES else f'{kind.__module__}.{kind.__name__}'

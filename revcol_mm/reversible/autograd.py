@@ -214,6 +214,9 @@ def place_anchors(smallest: Sequence[float], budget: float) -> set[int]:
     Args:
         smallest (Sequence[float]): smallest |γ| of columns 1, 2, …
         budget (float): largest product of 1/|γ| between two anchors.
+
+    Returns:
+        set[int]: indices of columns, each at least 1.
     """
     anchors, product = set(), 1.0
     for index in range(len(smallest), 0, -1):

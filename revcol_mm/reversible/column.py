@@ -23,17 +23,34 @@ MIN_GAMMA = 1e-3
 
 
 def level_inputs(level: int, above: Sequence[int], x: Tensor, y: Sequence[Tensor], p: Sequence[Tensor] | None) -> list[Tensor]:
-    """Returns what F[l] reads, in the forward pass and in the inverse: y[l-1] (x at level 0), and p[j] for j in above[l]."""
+    """Returns what F[l] reads, in the forward pass and in the inverse: y[l-1] (x at level 0), and p[j] for j in above[l].
+
+    Args:
+        level (int): l.
+        above (Sequence[int]): the levels of the column before that F[l] reads.
+        x (Tensor): the stem's output.
+        y (Sequence[Tensor]): features of this column, at least up to level l - 1.
+        p (Sequence[Tensor] | None): features of the column before; None only if ``above`` is empty.
+    """
     return [y[level - 1] if level else x, *(p[j] for j in above)]
 
 
 def couple(f: Tensor, gamma: Tensor, p: Tensor) -> Tensor:
-    """Forward: ``y[l] = F[l](…) + γ[l]·p[l]``."""
+    """Forward: ``y[l] = F[l](…) + γ[l]·p[l]``.
+
+    Args:
+        f (Tensor): F[l](…), of the shape of p[l].
+        gamma (Tensor): γ[l] as :func:`keep_invertible` returns it, of a shape that broadcasts to p[l]; for RevCol (1, C, 1, 1).
+        p (Tensor): level l of the column before. Training passes it in float64, inference in the precision of f.
+
+    Returns:
+        Tensor: y[l], of the shape of p[l] and the wider dtype of the two.
+    """
     return torch.addcmul(f, gamma, p)
 
 
 def uncouple(y: Tensor, f: Tensor, gamma: Tensor) -> Tensor:
-    """Inverse: ``p[l] = (y[l] − F[l](…)) / γ[l]``."""
+    """Inverse: ``p[l] = (y[l] − F[l](…)) / γ[l]``. Shapes and γ are those of :func:`couple`: no value of γ may be 0."""
     return (y - f).div_(gamma)
 
 
@@ -53,7 +70,16 @@ def run_levels(column: nn.Module, gammas: Iterable[Tensor | None], x: Tensor, p:
                context: Mapping[str, Any] | None = None) -> tuple[Tensor, ...]:
     """The forward equation in one precision, for plain autograd and for inference: y[0 … L-1] from x, p and γ.
 
-    A γ of None stands for a level without a shortcut: ``y[l] = F[l](…)``.
+    Args:
+        column (nn.Module): has ``levels``, the modules F[l], and ``above``.
+        gammas (Iterable[Tensor | None]): γ[l] of every level as :func:`keep_invertible` returns it. None stands for a level
+            without a shortcut: ``y[l] = F[l](…)``.
+        x (Tensor): the stem's output.
+        p (Sequence[Tensor] | None): features of the column before; None for the first column.
+        context (Mapping[str, Any] | None): keyword arguments that every level gets. Default: None, none.
+
+    Returns:
+        tuple[Tensor, ...]: the column's features, y[0] first.
     """
     y: list[Tensor] = []
     for index, (level, gamma) in enumerate(zip(column.levels, gammas)):

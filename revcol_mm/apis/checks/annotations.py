@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and boxes that are none."""
+"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and invalid boxes."""
 import math
 from itertools import chain
 from operator import itemgetter

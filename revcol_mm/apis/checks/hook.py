@@ -29,7 +29,7 @@ class DataCheckHook(Hook):
         checks (DataChecks | None): checks that a tool makes. Default: None.
 
     Raises:
-        LaunchError: from :meth:`before_run`, and while the data sets are built, for what cannot be put right.
+        LaunchError: from :meth:`before_run`, and while the data sets are built, for what cannot be corrected.
     """
 
     priority = 'VERY_HIGH'

@@ -303,7 +303,7 @@ def check_run(runner: Any, loops: Sequence[str], classes: Sequence[str] | None =
         check_all (bool): see :class:`DataChecks`. Default: False.
 
     Raises:
-        LaunchError: for what cannot be put right.
+        LaunchError: for what cannot be corrected.
     """
     checks = DataChecks(classes, check_all)
     for hook in runner.hooks:

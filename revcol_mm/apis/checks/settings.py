@@ -27,7 +27,7 @@ def check_settings(cfg: Config, loaders: Sequence[str]) -> None:
     """All checks of settings for a run.
 
     Args:
-        cfg (Config): the config; changed where a setting can be put right.
+        cfg (Config): the config; changed where a setting can be corrected.
         loaders (Sequence[str]): the data loaders that the run uses, among 'train', 'val' and 'test'.
 
     Raises:

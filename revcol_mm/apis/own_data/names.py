@@ -1,16 +1,16 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""What the names of files and folders say."""
+"""Reads from the names of files and folders which split they belong to, and which are a program's own."""
 import os
 import os.path as osp
 import re
 from typing import Sequence
 
 from ...checkpoint.safe import some
+from ...runtime import EXTENSIONS
 from ..errors import LaunchError
 
 #: Words in the names of files and folders that tell what a part of the data is for.
 WORDS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'testing'))
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
 
 def words_of(name: str) -> set[str]:
@@ -63,5 +63,5 @@ def images_below(folder: str) -> list[str]:
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [osp.relpath(osp.join(place, name), folder) for name in sorted(names)
-                  if name.lower().endswith(IMAGES) and not is_hidden(name)]
+                  if name.lower().endswith(EXTENSIONS) and not is_hidden(name)]
     return found

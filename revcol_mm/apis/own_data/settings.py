@@ -6,13 +6,13 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ...checkpoint.safe import some
+from ...runtime import EXTENSIONS
 from ...utils.configs import build_on_meta
 from ..checks.classes import kind_and_classes
 from ..checks.common import as_list, kind_of, settings_of_leaves
 from ..checks.model import heads_of
 from ..errors import LaunchError, build_errors
 from .layouts import OwnData, Part
-from .names import IMAGES
 
 DATASETS = dict(mmdet='CocoDataset', mmseg='BaseSegDataset', mmpretrain='CustomDataset')
 #: What a data set of any type may keep of its settings.
@@ -93,7 +93,7 @@ def _set_dataset(dataset: ConfigDict, data: OwnData, part: Part, same_classes: b
         for step in _dicts(kept.get('pipeline')):
             step.pop('reduce_zero_label', None)  # it must be that of the data set
     else:
-        settings.update(data_prefix=images, extensions=IMAGES)
+        settings.update(data_prefix=images, extensions=EXTENSIONS)
     if part.listing:
         settings['ann_file'] = part.listing
     dataset.clear()

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Training hooks."""
+"""The drift of reversible training, in the log."""
 import re
 
 import numpy as np

@@ -21,7 +21,7 @@ class ExactResumeHook(Hook):
 
     Checkpoints get an entry ``exact_resume``: for every process its place in the data and the states of its random number
     generators (torch on the CPU and the GPU, numpy, Python). Resuming restores them, also in the middle of an epoch. The
-    batches that the run had before are not read again: the sampler is advanced instead.
+    batches that the run consumed before are not read again: the sampler is advanced instead.
 
     With data-loader workers, the seeds of a batch follow from the run's seed, the process's rank, the pass over the data and
     the batch's number in it. So they do not depend on the number of workers, and passes differ (mmengine seeds workers that
@@ -35,6 +35,9 @@ class ExactResumeHook(Hook):
     CheckpointHook are not covered either.
 
     In a config: ``default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))``. The package's tools add it.
+
+    Raises:
+        ValueError: before training, if a run has the hook twice.
     """
 
     # After the hooks that change what a checkpoint holds, right before CheckpointHook (VERY_LOW, 90).
@@ -238,7 +241,7 @@ def _why_not(loop: Any) -> str | None:
 
 
 def _settings(loader: DataLoader) -> dict[str, int | None]:
-    """With other ones, the samples come in another order."""
+    """What the order of the samples depends on: with other settings a resumed run cannot be exact."""
     return dict(processes=get_world_size(), batch_size=getattr(loader.batch_sampler, 'batch_size', None),
                 samples=len(loader.dataset))
 

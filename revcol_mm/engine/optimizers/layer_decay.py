@@ -39,9 +39,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg (dict): the optimizer wrapper; its ``optimizer`` needs ``lr``.
         paramwise_cfg (dict, optional): ``layer_decay_rate`` (float in (0, 1], default 1.0: all layers alike);
-            ``decay_gamma`` (bool, default False: the release decays γ in classification only); ``custom_keys`` (dict, default
-            none), as mmengine's: {part of a parameter's name: dict(lr_mult=…, decay_mult=…)}, the longest match wins and
-            multiplies what the rules above give.
+            ``decay_gamma`` (bool, default False: the release decays γ in classification only; γ, the factor of the columns'
+            shortcuts, is the parameter ``alpha{l}``, and ``gamma`` in a parameter's name is a LayerScale);
+            ``custom_keys`` (dict, default none), as mmengine's: {part of a parameter's name: dict(lr_mult=…, decay_mult=…)},
+            the longest match wins and multiplies what the rules above give.
 
     Raises:
         ValueError: for other keys, values out of range, an optimizer without ``lr``, and FSDP without ``use_orig_params``.

@@ -142,7 +142,12 @@ class ColumnStack(BaseModule):
 
     @classmethod
     def read_arch(cls, arch: str | dict) -> dict:
-        """Checks an architecture, given by name or as a dict, and returns it as a dict with all options."""
+        """Checks an architecture, given by name or as a dict, and returns it as a dict with all options.
+
+        Raises:
+            ValueError: for an unknown name, and if keys are missing, unknown or hold no positive integers.
+            TypeError: if it is neither a name nor a dict.
+        """
         if isinstance(arch, str):
             name = cls.ALIASES.get(arch.lower(), arch.lower())
             if name not in cls.ARCHS:
@@ -179,7 +184,11 @@ class ColumnStack(BaseModule):
                              f'and W of at least {least} pixels, but got {tuple(x.shape)}')
 
     def drop_path_rates(self, drop_path_rate: float) -> list[float]:
-        """DropPath rate of each block of a column. It rises linearly over the column, and is the same in every column."""
+        """DropPath rate of each block of a column. It rises linearly over the column, and is the same in every column.
+
+        Raises:
+            ValueError: if the last block's rate, ``drop_path_rate``, is no number in [0, 1).
+        """
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be a number in [0, 1), but got {drop_path_rate!r}')
         return torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist()
@@ -195,7 +204,11 @@ class ColumnStack(BaseModule):
         return self.monitor.drift
 
     def init_weights(self) -> None:
-        """Loads the checkpoint of ``init_cfg``, if there is one. The constructor has initialised the weights before."""
+        """Loads the checkpoint of ``init_cfg``, if there is one. The constructor has initialised the weights before.
+
+        Raises:
+            ValueError: if ``init_cfg`` is of type 'Pretrained' and names no checkpoint.
+        """
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
             if not self.init_cfg.get('checkpoint'):
                 raise ValueError("init_cfg of type 'Pretrained' must have a checkpoint, which is a path or URL, but got "
