@@ -193,7 +193,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             with Image.open(path) as file:
                 file.load()
                 if cv2 is None:
-                    return np.array(ImageOps.exif_transpose(file).convert('RGB'))
+                    return _colors_of(ImageOps.exif_transpose(file), file.format == 'PNG')
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f'{path} cannot be read as an image ({error}): copy it again') from None
         finally:
@@ -202,6 +202,15 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     if pixels is None:
         raise ValueError(f'OpenCV cannot read {path} as an image: save it as JPEG or PNG')
     return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def _colors_of(image: 'Image.Image', png: bool) -> np.ndarray:
+    """Pillow's image as (H, W, 3) RGB uint8. Of 16 bits the upper 8 are kept, as OpenCV does; Pillow would cut off at 255."""
+    if image.mode.startswith('I;16') or png and image.mode == 'I':  # as earlier versions of Pillow have it
+        return np.repeat((np.array(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ('I', 'F'):
+        raise ValueError('its pixels have 32 bits, which have no agreed range: save it with 8 or 16 bits')
+    return np.array(image.convert('RGB'))
 
 
 def _target(step: dict, width: int, height: int) -> tuple[int, int]:
@@ -399,6 +408,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in files.values():
             if os.path.exists(path) and not args.force:
                 raise ValueError(f'the output {path} exists already: choose another folder, or replace it with --force')
+        inputs = {os.path.realpath(path) for path in paths}
+        for places in _outputs_of(paths, args.out).values():
+            for path in places:
+                if os.path.realpath(path) in inputs:
+                    raise ValueError(f'the output {path} is one of the images, which are never changed: choose another folder')
+        if Image is None and not args.no_pictures:
+            raise ImportError('drawing needs Pillow: pip install Pillow, or add --no-pictures')
         model = Model(args.model, args.provider, args.threads)
         images, predictions, left_out = _predict_all(model, paths, args)
         for name, content in dict(images=dict(images=images, annotations=[], categories=_categories(model, predictions)),
@@ -413,30 +429,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _predict_all(model: Model, paths: Sequence[str], args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
     images, predictions, left_out = [], [], 0
-    names = _output_names(paths)
-    for number, (path, name) in enumerate(zip(paths, names), 1):
+    outputs = _outputs_of(paths, args.out)
+    for number, path in enumerate(paths, 1):
         if sys.stderr.isatty():
             print(f'\rimage {number} of {len(paths)}', end='\n' * (number == len(paths)), file=sys.stderr, flush=True)
         try:
             pixels = read_image(path)
-            result = model.predict(pixels)
+            result, files = model.predict(pixels), {}
+            if not args.no_pictures:
+                files['vis'] = _encode(draw(model, pixels, result, args.score_thr), '.jpg')
+            if model.task == 'segmentation':
+                labels = result['labels']
+                files['maps'] = _encode(labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16), '.png')
+            entries = [dict(entry, image_id=number) for entry in coco_results(model, result)]
         except Exception as error:  # of this image, or of memory; onnxruntime's have no base class of their own
             print(f'left out: {path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}', file=sys.stderr)
             left_out += 1
             continue
         images.append(dict(id=number, file_name=path, width=pixels.shape[1], height=pixels.shape[0]))
-        predictions += [dict(entry, image_id=number) for entry in coco_results(model, result)]
-        if not args.no_pictures:
-            _write_image(os.path.join(args.out, 'vis', f'{name}.jpg'), draw(model, pixels, result, args.score_thr))
-        if model.task == 'segmentation':
-            kind = np.uint8 if len(model.classes or ()) <= 256 else np.uint16
-            _write_image(os.path.join(args.out, 'maps', f'{name}.png'), result['labels'].astype(kind))
+        predictions += entries
+        for folder, content in files.items():
+            _write(outputs[folder][number - 1], content)
     return images, predictions, left_out
 
 
 def _categories(model: Model, predictions: Sequence[dict]) -> list[dict]:
     count = 1 + max((entry['category_id'] for entry in predictions), default=-1)
     return [dict(id=label, name=name) for label, name in enumerate(model.classes or map(str, range(count)))]
+
+
+def _outputs_of(paths: Sequence[str], out: str) -> dict[str, list[str]]:
+    """Where the picture and the label map of each image go."""
+    names = _output_names(paths)
+    return {folder: [os.path.join(out, folder, name + extension) for name in names]
+            for folder, extension in (('vis', '.jpg'), ('maps', '.png'))}
 
 
 def _output_names(paths: Sequence[str]) -> list[str]:
@@ -451,12 +477,21 @@ def _output_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _write_image(path: str, pixels: np.ndarray) -> None:
+def _encode(pixels: np.ndarray, extension: str) -> bytes:
+    """The bytes of an image file: a picture (H, W, 3) as JPEG, a label map (H, W) as PNG."""
     import io
+    if Image is None:
+        done, encoded = cv2.imencode(extension, pixels)
+        if not done:
+            raise ValueError(f'an image of {pixels.shape[1]}×{pixels.shape[0]} cannot be written as {extension}')
+        return encoded.tobytes()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format='PNG' if path.endswith('.png') else 'JPEG',
-                                 **({} if pixels.ndim == 2 else dict(quality=95)))
-    _write(path, buffer.getvalue())
+    try:
+        Image.fromarray(pixels).save(buffer, **(dict(format='PNG') if extension == '.png' else dict(format='JPEG', quality=95)))
+    except OSError as error:  # JPEG ends at 65,500 pixels
+        raise ValueError(f'its picture of {pixels.shape[1]}×{pixels.shape[0]} cannot be written as {extension} ({error}): '
+                         'add --no-pictures') from None
+    return buffer.getvalue()
 
 
 def _write(path: str, content: bytes) -> None:

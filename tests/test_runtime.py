@@ -178,6 +178,54 @@ def test_the_file_runs_alone_without_torch(tmp_path, image, make):
     assert len(coco.imgs) == 3 and (found is None or len(found.anns) >= 3)
 
 
+@pytest.mark.parametrize('value', [0, 255, 300, 5000, 30000, 65535])
+def test_16_bits_are_read_alike_with_and_without_opencv(tmp_path, monkeypatch, value):
+    for name in ('x.png', 'x.tif'):
+        Image.fromarray(np.full((3, 4), value, np.uint16)).save(tmp_path / name)
+        with monkeypatch.context() as without:
+            expected = runtime.read_image(tmp_path / name)
+            without.setattr(runtime, 'cv2', None)
+            np.testing.assert_array_equal(runtime.read_image(tmp_path / name), expected)
+
+
+def test_32_bits_are_refused_without_opencv(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, 'cv2', None)
+    Image.fromarray(np.full((3, 4), 0.5, np.float32)).save(tmp_path / 'x.tif')
+    with pytest.raises(ValueError, match='x.tif cannot be read as an image .*32 bits'):
+        runtime.read_image(tmp_path / 'x.tif')
+
+
+def test_images_are_not_replaced_by_what_is_made_of_them(tmp_path, image, capsys):
+    (tmp_path / 'maps').mkdir()
+    Image.fromarray(image).save(tmp_path / 'maps' / 'x.png')
+    before = (tmp_path / 'maps' / 'x.png').read_bytes()
+    assert runtime.main([segmentor(tmp_path), str(tmp_path / 'maps'), '--out', str(tmp_path), '--force']) == 1
+    assert 'x.png is one of the images, which are never changed' in capsys.readouterr().err
+    assert (tmp_path / 'maps' / 'x.png').read_bytes() == before and not (tmp_path / 'predictions.json').exists()
+
+
+def test_label_maps_need_no_pillow_and_pictures_do(tmp_path, image, monkeypatch, capsys):
+    Image.fromarray(image).save(tmp_path / 'x.png')
+    path, out = segmentor(tmp_path), tmp_path / 'out'
+    assert runtime.main([path, str(tmp_path / 'x.png'), '--out', str(out), '--no-pictures']) == 0
+    expected = np.array(Image.open(out / 'maps' / 'x.png'))
+    monkeypatch.setattr(runtime, 'Image', None)
+    assert runtime.main([path, str(tmp_path / 'x.png'), '--out', str(tmp_path / 'pictures')]) == 1
+    assert 'drawing needs Pillow: pip install Pillow, or add --no-pictures' in capsys.readouterr().err
+    assert runtime.main([path, str(tmp_path / 'x.png'), '--out', str(out), '--no-pictures', '--force']) == 0
+    np.testing.assert_array_equal(np.array(Image.open(out / 'maps' / 'x.png')), expected)
+
+
+def test_an_image_that_is_too_wide_for_a_picture_is_left_out_alone(tmp_path, image, monkeypatch, capsys):
+    monkeypatch.setattr(runtime.Model, 'prepare', lambda self, pixels: pixels)  # resized, it would have no height
+    for name, pixels in (('a.png', image), ('b.png', np.zeros((1, 65600, 3), np.uint8))):
+        Image.fromarray(pixels).save(tmp_path / name)
+    path, out = detector(tmp_path), tmp_path / 'out'
+    assert runtime.main([path, str(tmp_path / '*.png'), '--out', str(out)]) == 3
+    assert 'b.png: its picture of 65600×1 cannot be written' in capsys.readouterr().err
+    assert len(json.loads((out / 'predictions.json').read_text())) == 1
+
+
 def test_the_tool_takes_a_file_before_it_imports_torch(tmp_path, image):
     Image.fromarray(image).save(tmp_path / 'x.png')
     blocked = ('import sys, runpy\nsys.modules["torch"] = None\nsys.argv = sys.argv[1:]\n'

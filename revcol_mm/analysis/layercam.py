@@ -132,7 +132,12 @@ def _classifier_score(model: nn.Module, images: Tensor, samples: list, label: in
 
 def _segmentor_score(model: nn.Module, images: Tensor, samples: list, label: int | None, box, target):
     logits, = model.encode_decode(images, [sample.metainfo for sample in samples])  # the whole image, without windows
+    height, width = samples[0].metainfo['img_shape'][:2]
+    logits = logits[:, :height, :width]  # without padding
     predicted = logits.argmax(0)
+    if len(logits) == 1:  # the foreground's; the other class is where it is low
+        predicted = (logits[0].sigmoid() > model.decode_head.threshold).long()
+        logits = torch.cat([-logits, logits])
     label = _check_label(predicted.flatten().mode().values.item() if label is None else label, len(logits))
     inside = predicted == label
     return (logits[label][inside] if inside.any() else logits[label]).mean(), label, None

@@ -6,6 +6,7 @@ categories, and ``predictions.json`` the results, so that ``COCO('images.json').
 """
 import copy
 import glob
+import io
 import json
 import os
 import os.path as osp
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import DefaultScope
+from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
@@ -122,6 +123,8 @@ def build_inferencer(cfg: Config, checkpoint: str | None, device: str | None = N
     inferencer.model.dataset_meta = dict(classes=classes, palette=palette or 'random')
     if inferencer.visualizer is not None:
         inferencer.visualizer.dataset_meta = inferencer.model.dataset_meta
+    if scope == 'mmpretrain':
+        _read_as_configured(inferencer, cfg)
     if deploy:
         backbone = getattr(inferencer.model, 'backbone', None)
         if not hasattr(backbone, 'switch_to_deploy'):
@@ -129,6 +132,17 @@ def build_inferencer(cfg: Config, checkpoint: str | None, device: str | None = N
                               'leave deploy out')
         backbone.switch_to_deploy()
     return inferencer
+
+
+def _read_as_configured(inferencer, cfg: Config) -> None:
+    """mmpretrain's inferencer reads files with the defaults, whatever the LoadImageFromFile of the test pipeline says."""
+    preprocess = inferencer.preprocess
+    settings = next((step for step in cfg.test_dataloader.dataset.pipeline
+                     if str(step['type']).rpartition('.')[2] == 'LoadImageFromFile'), None)
+    if settings is not None:
+        load = TRANSFORMS.build(dict(settings))
+        inferencer.preprocess = lambda inputs, *args, **kwargs: preprocess(
+            (load(dict(img_path=image))['img'] if isinstance(image, str) else image for image in inputs), *args, **kwargs)
 
 
 def read_test_settings(cfg: Config, meta: Mapping) -> tuple[Sequence[Mapping], Sequence[str] | None, list | None]:
@@ -300,7 +314,7 @@ def predict_image(inferencer, path: str, image: np.ndarray, draw: bool = True, s
     picture = inferencer.visualize([path], [sample], return_vis=True, **threshold)[0][..., ::-1] if draw else None
     if kind == 'DetInferencer':
         return _instance_results(sample.pred_instances), None, picture
-    labels = sample.pred_sem_seg.data[0].numpy()
+    labels = sample.pred_sem_seg.data[0].numpy().astype(np.int64)  # of a single channel they are float32
     return _map_results(labels), labels, picture
 
 
@@ -444,7 +458,12 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
                 raise ValueError(f'another image of the same name has its id, {image_id}, already: predict on only one of them')
             image = read_image(path)
             results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
-        except (ValueError, RuntimeError, OSError, ArithmeticError, cv2.error) as error:  # this image's fault, or memory's
+            contents = {}
+            if picture is not None:
+                contents[vis[path]] = _encode(np.ascontiguousarray(picture[..., ::-1]), 'JPEG')
+            if labels is not None:
+                contents[maps[path]] = _encode(labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16), 'PNG')
+        except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError, cv2.error) as error:  # its fault, or memory's
             summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         height, width = image.shape[:2]
@@ -452,10 +471,10 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
         images.append(dict(id=image_id, file_name=path, width=width, height=height))
         predictions += [dict(result, image_id=image_id, category_id=numbering.category(result['category_id']))
                         for result in results]
-        if picture is not None:
-            _write_image(vis[path], picture)
-        if labels is not None:
-            _write_image(maps[path], labels.astype(np.uint8 if len(inferencer.classes or ()) <= 256 else np.uint16))
+        for file_name, content in contents.items():
+            os.makedirs(osp.dirname(file_name), exist_ok=True)
+            with write_whole(file_name) as file:
+                file.write(content)
     classes = inferencer.classes or [str(label) for label in range(1 + max(
         (result['category_id'] for result in predictions), default=-1))]
     categories = [dict(id=numbering.category(label), name=name) for label, name in enumerate(classes)]
@@ -467,8 +486,16 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
     return summary
 
 
-def _write_image(path: str, pixels: np.ndarray) -> None:
-    os.makedirs(osp.dirname(path), exist_ok=True)
-    image = Image.fromarray(np.ascontiguousarray(pixels[..., ::-1]) if pixels.ndim == 3 else pixels)
-    with write_whole(path) as file:
-        image.save(file, format='PNG' if path.endswith('.png') else 'JPEG', **({} if pixels.ndim == 2 else dict(quality=95)))
+def _encode(pixels: np.ndarray, kind: str) -> bytes:
+    """The bytes of a 'JPEG' or 'PNG' file.
+
+    Raises:
+        ValueError: if the format has no images of this size: JPEG ends at 65,500 pixels.
+    """
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(buffer, format=kind, **(dict(quality=95) if kind == 'JPEG' else {}))
+    except OSError as error:
+        raise ValueError(f'its picture of {pixels.shape[1]}×{pixels.shape[0]} cannot be written as {kind} ({error}): '
+                         'add --no-pictures') from None
+    return buffer.getvalue()

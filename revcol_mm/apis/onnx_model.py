@@ -32,6 +32,9 @@ class ONNXModel(BaseModel):
             raise LaunchError(f'{path} must be a model of {TASKS.get(scope)}, as the config of {scope} needs, but is one of '
                               f'{self.runtime.task}')
 
+    def __deepcopy__(self, memo: dict) -> 'ONNXModel':
+        return self  # it has no weights; hooks such as EMAHook copy the model
+
     def forward(self, *args, **kwargs) -> None:
         raise NotImplementedError('an ONNX file only predicts')
 

@@ -3,12 +3,13 @@
 import os
 import os.path as osp
 from collections import Counter
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 from mmengine.registry import VISUALIZERS
 from mmengine.visualization import Visualizer
 
 from .checks.common import leaves, say
+from .errors import LaunchError
 
 #: The visualizers of the packages, which draw data samples with their classes.
 PACKAGES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
@@ -61,17 +62,51 @@ def name_pictures_apart(runner: Any) -> None:
     Args:
         runner (Runner | FlexibleRunner): with a test loop that is built.
     """
-    paths = []
-    for dataset in leaves(runner.test_loop.dataloader.dataset):
-        infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, 'get_data_info') else ()
-        paths += [info['img_path'] for info in infos if isinstance(info.get('img_path'), str)]
-    names = distinct_names(paths)
+    names = distinct_names(info['img_path'] for info in _images_of(runner))
     if not names:
         return
     say(f'--show-dir: {len(names)} images have the name of another one; their pictures are named with their folders')
     for method in ('add_datasample', 'visualize_cls'):
         if hasattr(runner.visualizer, method):
             setattr(runner.visualizer, method, _renaming(getattr(runner.visualizer, method), names))
+
+
+def check_label_maps(runner: Any, folder: str) -> None:
+    """Checks that mmseg can write a label map for every image of the test into a folder.
+
+    It names a map after the image without its folder, and writes 8 bits.
+
+    Args:
+        runner (Runner | FlexibleRunner): of mmseg, with a test loop that is built.
+        folder (str): the folder.
+
+    Raises:
+        LaunchError: if two images have the same name, if a map would replace an image or an annotated map, or if there are
+            more than 255 classes.
+    """
+    taken: dict[str, str] = {}
+    for info in _images_of(runner):
+        path = info['img_path']
+        place = osp.realpath(osp.join(folder, f'{osp.splitext(osp.basename(path))[0]}.png'))
+        if taken.setdefault(place, path) != path:
+            raise LaunchError(f'--out {folder} must get a map for every image, but {taken[place]} and {path} have the same '
+                              'name: write --out FILE.pkl, or use tools/infer.py, which names them apart')
+        for given in (path, info.get('seg_map_path')):
+            if given and osp.realpath(given) == place:
+                raise LaunchError(f'--out {folder} must be a folder without the data, but {given} would be replaced: choose '
+                                  'another folder')
+    most = max((len(dataset.metainfo.get('classes') or ()) for dataset in leaves(runner.test_loop.dataloader.dataset)),
+               default=0)
+    if most > 255:
+        raise LaunchError(f'--out {folder} writes maps of 8 bits, for at most 255 classes, but there are {most}: write '
+                          '--out FILE.pkl, or use tools/infer.py, which writes 16 bits')
+
+
+def _images_of(runner: Any) -> Iterator[Mapping[str, Any]]:
+    """What the test's data sets say of their images."""
+    for dataset in leaves(runner.test_loop.dataloader.dataset):
+        infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, 'get_data_info') else ()
+        yield from (info for info in infos if isinstance(info.get('img_path'), str))
 
 
 def _renaming(draw: Callable, names: Mapping[str, str]) -> Callable:

@@ -22,7 +22,7 @@ from .checks.common import as_list, kind_of
 from .config import CHECKPOINT, add_run_arguments, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel
-from .pictures import name_pictures_apart
+from .pictures import check_label_maps, name_pictures_apart
 from .runner import build_runner, leave_process_group
 from .tta import set_tta
 
@@ -96,6 +96,8 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         if dump:  # not earlier, because it builds the data set
             kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
             runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
+        elif args.out is not None:
+            check_label_maps(runner, args.out)
         if args.show_dir:
             name_pictures_apart(runner)
         with reporter.watching(runner) if reporter else contextlib.nullcontext():

@@ -12,13 +12,17 @@ from .errors import LaunchError
 #: Scales of the default test-time augmentation, relative to the test pipeline's; the plain view comes first.
 TTA_SCALES = dict(mmdet=(1.0, 0.75, 1.25), mmseg=(1.0, 0.5, 0.75, 1.25, 1.5, 1.75), mmpretrain=(1.0, ))
 
+#: What stands in for a package's own way to merge views.
+REPLACED = dict(DetTTAModel='InstanceTTAModel', SegTTAModel='SegmentorTTAModel')
+
 
 def set_tta(cfg: Config) -> None:
     """Replaces the model by one with test-time augmentation: the config's ``tta_model`` and ``tta_pipeline``, or defaults.
 
     The default views are the test pipeline at several scales, plain and flipped. Detections are merged by
     :class:`revcol_mm.detection.InstanceTTAModel` (which stands in for mmdet's ``DetTTAModel`` too, since that one refuses
-    masks), segmentation maps and class scores by the means of mmseg and mmpretrain.
+    masks), segmentation maps by :class:`revcol_mm.segmentation.SegmentorTTAModel` (for mmseg's ``SegTTAModel`` too, which is
+    wrong for a single channel), and class scores by mmpretrain's mean.
 
     Raises:
         LaunchError: if there is no default for this config.
@@ -26,14 +30,13 @@ def set_tta(cfg: Config) -> None:
     scope = cfg.get('default_scope')
     if scope not in TTA_SCALES and not ('tta_model' in cfg and 'tta_pipeline' in cfg):
         raise LaunchError(f'--tta has no default for default_scope={scope!r}: add tta_model and tta_pipeline to the config')
-    models = dict(mmdet=dict(type='InstanceTTAModel', tta_cfg=dict(nms=_detector_nms(cfg.model), max_per_img=100)),
-                  mmseg=dict(type='SegTTAModel'), mmpretrain=dict(type='HeadScoreTTA'))
+    models = dict(mmdet=dict(type='InstanceTTAModel', tta_cfg=_detector_settings(cfg.model)),
+                  mmseg=dict(type='SegmentorTTAModel'), mmpretrain=dict(type='HeadScoreTTA'))
     model = ConfigDict(cfg.get('tta_model') or models[scope])
-    extras = dict(mmdet='revcol_mm.detection', mmpretrain='revcol_mm.classification')
+    extras = dict(mmdet='revcol_mm.detection', mmseg='revcol_mm.segmentation', mmpretrain='revcol_mm.classification')
     if scope in extras:
         importlib.import_module(extras[scope])
-    if scope == 'mmdet' and model.type in ('DetTTAModel', 'mmdet.DetTTAModel'):
-        model.type = 'InstanceTTAModel'
+    model.type = REPLACED.get(str(model.type).removeprefix(f'{scope}.'), model.type)
     for dataset in settings_of_leaves(cfg.test_dataloader.dataset):
         if 'pipeline' not in dataset:
             raise LaunchError(f'--tta needs a data set with a pipeline, but {dataset.get("type")} in test_dataloader has none')
@@ -41,10 +44,11 @@ def set_tta(cfg: Config) -> None:
     cfg.model = ConfigDict(model, module=cfg.model)
 
 
-def _detector_nms(model: dict) -> dict:
-    """The detector's own last NMS, which fits its scores; plain NMS at 0.5 for detectors without one."""
+def _detector_settings(model: dict) -> dict:
+    """The detector's own last NMS, which fits its scores, and its number of boxes; 0.5 and 100 for detectors without them."""
     test_cfg = model.get('test_cfg') or {}
-    return (test_cfg.get('rcnn') or test_cfg).get('nms') or dict(type='nms', iou_threshold=0.5)
+    last = test_cfg.get('rcnn') or test_cfg
+    return dict(nms=last.get('nms') or dict(type='nms', iou_threshold=0.5), max_per_img=last.get('max_per_img') or 100)
 
 
 def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> list[dict]:

@@ -52,9 +52,10 @@ def image_steps(pipeline: Sequence[Mapping]) -> list[dict[str, Any]]:
     for step in pipeline:
         kind, options = step['type'].rpartition('.')[2], {key: value for key, value in step.items() if key != 'type'}
         if kind == 'LoadImageFromFile':
-            if options.get('color_type', 'color') != 'color' or options.get('to_float32'):
-                raise ValueError('LoadImageFromFile of the test pipeline must read coloured uint8 images to be described in an '
-                                 f'ONNX file, but has {options}')
+            read = (options.get('color_type', 'color'), options.get('imdecode_backend') or 'cv2')
+            if read != ('color', 'cv2') or options.get('to_float32'):
+                raise ValueError("LoadImageFromFile of the test pipeline must read coloured uint8 images with 'cv2' to be "
+                                 f'described in an ONNX file, but has {options}')
         elif kind == 'Resize' and options.get('scale') is not None:
             scale = options['scale']
             steps.append(dict(type=kind, scale=[scale, scale] if isinstance(scale, int) else list(scale),

@@ -1,12 +1,14 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """LayerCAM: the formula on an ordinary net, and features that a score can be differentiated by."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from revcol_mm.analysis.features import record_features
-from revcol_mm.analysis.layercam import find_class, layercam
+from revcol_mm.analysis.layercam import _segmentor_score, find_class, layercam
 from revcol_mm.models import RevCol, RevColC2f, RevColViT
 from tests.common import small_arch
 
@@ -105,3 +107,27 @@ def test_a_name_of_two_classes_is_refused_with_their_numbers():
     assert find_class('maillot', classes) == 1
     assert [find_class(str(number), classes) for number in range(4)] == [0, 1, 2, 3]
     assert find_class('0', ('1', '0')) == 1  # without repetition a name goes before a number
+
+
+class Segmentor(nn.Module):
+    """Stands in for a segmentor, whose logits are given."""
+    decode_head = SimpleNamespace(threshold=0.5)
+
+    def encode_decode(self, images, metas):
+        return images
+
+
+SAMPLES = [SimpleNamespace(metainfo=dict(img_shape=(2, 2)))]  # the third column is padding
+
+
+def test_padding_counts_neither_for_the_class_of_a_segmentor_nor_for_its_score():
+    logits = torch.tensor([[[[2., 2., 0.], [1., 0., 0.]], [[0., 0., 9.], [0., 1., 9.]]]])
+    score, label, _ = _segmentor_score(Segmentor(), logits, SAMPLES, None, None, None)
+    assert label == 0 and score.item() == pytest.approx((2 + 2 + 1) / 3)
+
+
+def test_a_segmentor_with_one_channel_has_two_classes():
+    logits = torch.tensor([[[[2., -1., 9.], [4., 3., 9.]]]])
+    for label, expected in ((None, (2 + 4 + 3) / 3), (1, (2 + 4 + 3) / 3), (0, 1.)):
+        score, found, _ = _segmentor_score(Segmentor(), logits, SAMPLES, label, None, None)
+        assert found == (1 if label is None else label) and score.item() == pytest.approx(expected)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from pycocotools.coco import COCO
@@ -196,6 +197,25 @@ def test_the_ids_of_many_images_are_not_compared_with_each_other(tmp_path, monke
     assert summary.images == 60 and len(summary.skipped) == 40
     assert '39, already: predict on only one' in summary.skipped['99.jpg']
     assert Id.compared <= 100
+
+
+def test_a_classifier_reads_files_as_its_test_does(images):
+    cfg = Config.fromfile(config_of('classification'))
+    cfg.test_dataloader.dataset.pipeline[0].color_type = 'grayscale'
+    inferencer = build_inferencer(cfg, None, 'cpu')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        expected, = inferencer.model.test_step(pseudo_collate([Compose(cfg.test_dataloader.dataset.pipeline)(
+            dict(img_path=images[0]))]))
+    found = inference.predict_sample(inferencer, images[0])
+    torch.testing.assert_close(found.pred_score, expected.pred_score)
+
+
+def test_an_image_that_is_too_wide_for_a_picture_is_left_out_alone(tmp_path, monkeypatch):
+    shapes = dict(a=(4, 6, 3), b=(1, 65600, 3))
+    monkeypatch.setattr(inference, 'read_image', lambda path: np.zeros(shapes[path], np.uint8))
+    monkeypatch.setattr(inference, 'predict_image', lambda model, path, image, *_: ([dict(category_id=0)], None, image))
+    summary = predict(SimpleNamespace(classes=('cat', )), ['a', 'b'], str(tmp_path))
+    assert summary.images == 1 and 'its picture of 65600×1 cannot be written as JPEG' in summary.skipped['b']
 
 
 def test_files_folders_and_globs_are_found(tmp_path):

@@ -1,6 +1,11 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Names of pictures."""
-from revcol_mm.apis.pictures import distinct_names
+"""Names of pictures and label maps."""
+from types import SimpleNamespace
+
+import pytest
+
+from revcol_mm.apis.errors import LaunchError
+from revcol_mm.apis.pictures import check_label_maps, distinct_names
 
 
 def test_images_of_one_name_are_named_with_their_folders():
@@ -15,3 +20,29 @@ def test_no_two_names_are_the_same():
 
 def test_an_image_that_is_used_twice_keeps_its_name():
     assert distinct_names(['d/0.png', 'd/0.png']) == {}
+
+
+def runner(*images, classes=2):
+    """A stand-in for a runner of mmseg, whose test set has these images, and maps beside them."""
+    infos = [dict(img_path=path, seg_map_path=path.replace('images', 'maps').replace('.jpg', '.png')) for path in images]
+
+    class Images:
+        metainfo, __len__ = dict(classes=range(classes)), lambda self: len(infos)
+        get_data_info = staticmethod(infos.__getitem__)
+
+    return SimpleNamespace(test_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=Images())))
+
+
+@pytest.mark.parametrize('images, folder, classes, message', [
+    (('images/a/0.jpg', 'images/b/0.jpg'), 'out', 2,
+     'images/a/0.jpg and images/b/0.jpg have the same name: write --out FILE.pkl'),
+    (('images/0.jpg', ), './maps', 2, 'folder without the data, but maps/0.png would be replaced'),
+    (('images/0.png', ), 'images', 2, 'but images/0.png would be replaced'),
+    (('images/0.jpg', ), 'out', 256, 'at most 255 classes, but there are 256')])
+def test_label_maps_that_would_replace_something_are_refused(images, folder, classes, message):
+    with pytest.raises(LaunchError, match=message):
+        check_label_maps(runner(*images, classes=classes), folder)
+
+
+def test_other_label_maps_are_written():
+    check_label_maps(runner('images/0.jpg', 'images/1.jpg', classes=255), 'out')

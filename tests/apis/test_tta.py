@@ -1,17 +1,21 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Test-time augmentation: merged boxes and masks, and the default views."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
 from torch import nn
 
 from revcol_mm import config_path
 from revcol_mm.apis import tta
 from revcol_mm.detection import InstanceTTAModel
+from revcol_mm.segmentation import SegmentorTTAModel
 
 SIZE = (20, 30)  # height, width
 
@@ -170,3 +174,34 @@ def test_detectors_get_the_model_that_merges_masks(given):
     assert cfg.model.type == 'InstanceTTAModel' and cfg.model.module.type == 'A'
     assert cfg.model.tta_cfg == (dict(max_per_img=7) if given else dict(nms=dict(type='soft_nms'), max_per_img=100))
     assert cfg.test_dataloader.dataset.pipeline[-1].type == 'TestTimeAug'
+
+
+@pytest.mark.parametrize('test_cfg', [dict(max_per_img=300), dict(rpn=dict(max_per_img=9), rcnn=dict(max_per_img=300))])
+def test_the_detectors_own_number_of_boxes_is_kept(test_cfg):
+    cfg = Config(dict(default_scope='mmdet', model=dict(type='A', test_cfg=test_cfg),
+                      test_dataloader=dict(dataset=dict(type='B', pipeline=PIPELINE))))
+    tta.set_tta(cfg)
+    assert cfg.model.tta_cfg.max_per_img == 300
+
+
+@pytest.mark.parametrize('given', [None, 'SegTTAModel', 'mmseg.SegTTAModel'])
+def test_segmentors_get_the_model_that_knows_single_channels(given):
+    cfg = Config(dict(default_scope='mmseg', model=dict(type='A'), **(dict(tta_model=dict(type=given)) if given else {}),
+                      test_dataloader=dict(dataset=dict(type='B', pipeline=PIPELINE[:2]))))
+    tta.set_tta(cfg)
+    assert cfg.model.type == 'SegmentorTTAModel'
+
+
+class Segmentor(nn.Module):
+    """Stands in for a segmentor with one channel, whose predictions are in its input: mmseg returns probabilities."""
+    out_channels, decode_head = 1, SimpleNamespace(threshold=0.3)
+
+    def test_step(self, data):
+        return data['data_samples']
+
+
+def test_views_of_a_single_channel_are_averaged_as_probabilities():
+    views = [torch.tensor([[[0.0, 0.1, 0.2, 0.9, 1.0]]]), torch.tensor([[[0.0, 0.3, 0.5, 0.9, 1.0]]])]
+    samples = [[SegDataSample(seg_logits=PixelData(data=view), metainfo=dict(img_path='x'))] for view in views]
+    merged, = SegmentorTTAModel(Segmentor()).test_step(dict(inputs=[None] * 2, data_samples=samples))
+    assert merged.pred_sem_seg.data.flatten().tolist() == [0, 0, 1, 1, 1]  # means 0, 0.2, 0.35, 0.9, 1 against 0.3

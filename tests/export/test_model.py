@@ -274,6 +274,7 @@ def test_resizing_of_the_test_is_described(name, expected):
 
 @pytest.mark.parametrize('step', [dict(type='Pad', size_divisor=32), dict(type='Resize', scale_factor=0.5),
                                   dict(type='LoadImageFromFile', color_type='grayscale'),
+                                  dict(type='LoadImageFromFile', imdecode_backend='tifffile'),
                                   dict(type='CenterCrop', crop_size=3, auto_pad=True)])
 def test_other_steps_of_a_test_are_refused(step):
     with pytest.raises(ValueError, match='of the test pipeline must|the test pipeline must'):
