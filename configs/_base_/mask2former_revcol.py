@@ -5,6 +5,7 @@ _base_ = ['mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py', './r
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation', 'mmdet.models'], allow_failed_imports=False)
 default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
+env_cfg = dict(cudnn_benchmark=False)  # as in upernet_revcol.py
 
 model = dict(
     backbone=_base_.revcol_tiny,

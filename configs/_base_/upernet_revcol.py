@@ -6,6 +6,7 @@ _base_ = ['mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py
 
 custom_imports = dict(imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
 default_hooks = dict(exact_resume=dict(type='ExactResumeHook'))
+env_cfg = dict(cudnn_benchmark=False)  # reversible training computes every convolution twice, and needs the same result
 
 model = dict(
     backbone=_base_.revcol_tiny,

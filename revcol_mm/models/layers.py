@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+from ..reversible.autograd import runs_twice
+
 #: Number of values that a block computes at once in inference on a CPU, so that its 4C channels stay in the cache.
 CHUNK = 300_000
 
@@ -14,7 +16,7 @@ CHUNK = 300_000
 def infers_on_cpu(x: Tensor) -> bool:
     """Whether this is inference on a CPU, without a graph, a trace or a compiler, where the cache decides the speed."""
     return x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and (
-        not torch.jit.is_tracing())
+        not torch.jit.is_tracing()) and not runs_twice()
 
 
 @functools.cache

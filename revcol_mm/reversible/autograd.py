@@ -23,12 +23,13 @@ than the threshold.
 """
 import math
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -43,6 +44,8 @@ STREAM_DTYPE = torch.float64
 #: networks of 64 columns with γ = 0.5, a budget of 2^16 gave gradients with 0.5 to 4.3 times plain float32's error; 2^12 and
 #: 2^8 gave 0.6 to 1.5 times.
 ANCHOR_BUDGET = 2.0**12
+#: Whether F runs in a reversible pass.
+_RUNS_TWICE: ContextVar[bool] = ContextVar('runs_twice', default=False)
 
 
 def run_reversibly(columns: Sequence[ReversibleColumn], x: Tensor, p: Sequence[Tensor] | None = None,
@@ -248,10 +251,12 @@ class _Column(torch.autograd.Function):
         y: list[Tensor] = []
         y_stream: list[Tensor] = []
         ctx.random: list[_RandomState | None] = []
+        ctx.modes: list[list[bool]] = []
         after = _RandomState(x)
         for level, module in enumerate(column.levels):
             before = after
-            with torch.autocast(**call.autocast):
+            ctx.modes.append([part.training for part in module.modules()])
+            with _repeatable(), torch.autocast(**call.autocast):
                 f = module(*level_inputs(level, column.above[level], x, y, p), **call.context)
             after = _RandomState(x)
             ctx.random.append(before if after.differs_from(before) else None)
@@ -352,7 +357,7 @@ class _ColumnBackward:
         self.p_stream[level] = rebuilt
 
     def _recompute(self, level: int, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
-        """Computes F[l] again, with the random numbers and the autocast state of the forward pass.
+        """Computes F[l] again, with the random numbers, the autocast state and the training modes of the forward pass.
 
         Detached leaves take the place of the parameters, so that the parameters' hooks run once, for the gradient that this
         node returns. Copies take the place of the buffers, so that running statistics are updated once.
@@ -365,7 +370,8 @@ class _ColumnBackward:
         tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip([*inputs, *self.parameters[level]], needs)]
         replaced = {name: buffer.clone() for name, buffer in module.named_buffers()}
         replaced.update(zip(names, tensors[len(inputs):]))
-        with _replay(self.ctx.random[level]), torch.set_grad_enabled(any(needs)), torch.autocast(**self.call.autocast):
+        with _replay(self.ctx.random[level]), _in_modes(module, self.ctx.modes[level]), _repeatable(), \
+                torch.set_grad_enabled(any(needs)), torch.autocast(**self.call.autocast):
             f = functional_call(module, replaced, tuple(tensors[:len(inputs)]), self.call.context, tie_weights=False)
         return f, [tensor for tensor, need in zip(tensors, needs) if need]
 
@@ -440,6 +446,46 @@ class _RandomState:
 
     def differs_from(self, other: '_RandomState') -> bool:
         return any(not torch.equal(a, b) for a, b in zip((self.cpu, *self.states), (other.cpu, *other.states)))
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """In this context F computes alike in both passes, bit by bit.
+
+    cuDNN's benchmark mode measures in every thread which algorithm is the fastest, and on a GPU the backward pass has a thread
+    of its own. Modules ask :func:`runs_twice`.
+    """
+    benchmark, token = torch.backends.cudnn.benchmark, _RUNS_TWICE.set(True)
+    if benchmark:
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        _RUNS_TWICE.reset(token)
+        if benchmark:
+            torch.backends.cudnn.benchmark = True
+
+
+def runs_twice() -> bool:
+    """Whether F runs now in a reversible pass, so that it must not compute otherwise without a graph than with one."""
+    return _RUNS_TWICE.get()
+
+
+@contextmanager
+def _in_modes(module: nn.Module, modes: Sequence[bool]) -> Iterator[None]:
+    """Puts every part of a module into training or evaluation mode, and back."""
+    parts = list(module.modules())
+    now = [part.training for part in parts]
+    if now == modes:
+        yield
+        return
+    try:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+        yield
+    finally:
+        for part, mode in zip(parts, now):
+            part.training = mode
 
 
 @contextmanager

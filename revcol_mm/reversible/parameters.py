@@ -4,6 +4,7 @@ from typing import Sequence
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def find_parameters(module: nn.Module, names: Sequence[str], label: str) -> dict[str, Tensor]:
@@ -36,9 +37,12 @@ def find_parameters(module: nn.Module, names: Sequence[str], label: str) -> dict
     known = set(map(id, found.values()))
     for name in names:
         if name not in found:
-            owner, _, leaf = name.rpartition('.')
+            place, _, leaf = name.rpartition('.')
             try:
-                value = getattr(module.get_submodule(owner), leaf)
+                owner = module.get_submodule(place)
+                if is_parametrized(owner, leaf):  # it is computed from parameters that were found above
+                    continue
+                value = getattr(owner, leaf)
             except AttributeError:  # the parameter was removed after the module was built, for example by folding
                 continue
             if isinstance(value, Tensor) and id(value) not in known:  # torch.compile's wrapper lists the same tensors again

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from revcol_mm.models import RevCol, RevColC2f
 from revcol_mm.models.layers import ConvNeXtBlock
@@ -252,6 +253,72 @@ class TestComplete:
         (ours, after), (plain, expected_after) = step(True), step(False)
         assert worst_error(ours, plain) <= TOLERANCE
         assert torch.equal(after, expected_after), 'replaying must not disturb the random numbers that follow'
+
+    def test_the_backward_pass_runs_in_the_modes_of_the_forward_pass(self):
+        net = build(drop_path_rate=0.5)  # with LayerScale 1e-6, so that the drift would not show another mode
+        image = torch.randn(4, 3, 64, 64)
+        weights = loss_weights(net, image)
+
+        def step(net):
+            torch.manual_seed(5)
+            loss = sum((feature * weight).sum() for feature, weight in zip(net(image), weights))
+            net.eval()
+            loss.backward()
+            assert not any(part.training for part in net.modules())
+            return gradients_of(net)
+
+        assert worst_error(*both_ways(net, step)) <= TOLERANCE
+
+    @pytest.mark.parametrize('inverse', [True, False])
+    def test_parametrized_weights_are_trained_and_not_replaced(self, inverse):
+        class Adapted(nn.Module):  # a weight and a product of two small matrices, as LoRA has it
+            def __init__(self, weight):
+                super().__init__()
+                self.a = nn.Parameter(torch.randn(len(weight), 2) / 4)
+                self.b = nn.Parameter(torch.randn(2, weight[0].numel()) / 4)
+
+            def forward(self, weight):
+                return weight + (self.a @ self.b).view_as(weight)
+
+            if inverse:
+                def right_inverse(self, weight):
+                    return weight
+
+        net = build(layer_scale=True)
+        convolution = net.columns[1].levels[2].fusion.down[0]
+        parametrize.register_parametrization(convolution, 'weight', Adapted(convolution.weight))
+        image = torch.randn(1, 3, 64, 64)
+        weights = loss_weights(net, image)
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+
+        def step(net):
+            sum((feature * weight).sum() for feature, weight in zip(net(image), weights)).backward()
+            assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+            return gradients_of(net)
+
+        ours, plain = both_ways(net, step)
+        assert any('parametrizations.weight.0.a' in name for name in ours)
+        assert worst_error(ours, plain) <= TOLERANCE
+
+    def test_frozen_columns_below_an_image_with_a_gradient_compute_alike_in_both_passes(self):
+        net = build(dict(WIDER, num_columns=8), frozen_stages=7, layer_scale=True, reversible=True)
+        image = torch.randn(1, 3, 64, 64, requires_grad=True)
+        sum(feature.square().sum() for feature in net(image)).backward()
+        assert net.drift <= 1e-6
+
+    def test_cudnn_does_not_choose_an_algorithm_in_each_pass(self, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+        seen = []
+
+        class Level(nn.Module):
+            def forward(self, below, *above):
+                seen.append(torch.backends.cudnn.benchmark)
+                return below + sum(above)
+
+        columns = [ReversibleColumn([Level(), Level()], [(1, 4, 1, 1)] * 2, [(1, ), ()], first) for first in (True, False)]
+        x = torch.randn(1, 4, 2, 2, requires_grad=True)
+        sum(feature.sum() for feature in run_reversibly(columns, x)).backward()
+        assert seen == [False] * 8 and torch.backends.cudnn.benchmark
 
     @pytest.mark.parametrize('rate, kept', [(0., False), (0.5, True)])
     def test_random_state_is_kept_only_where_something_is_random(self, rate, kept):
