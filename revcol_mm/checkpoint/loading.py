@@ -63,12 +63,21 @@ def strip_module(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_prefix(weights: Iterable[str], names: Iterable[str]) -> str:
-    """Returns the prefix of the module's ``names`` in the file ('', 'backbone.', …): the one with which most are found."""
+    """Returns the prefix of the module's ``names`` in the file ('', 'backbone.', …): the one with which most are found.
+
+    Raises:
+        CheckpointError: if two prefixes of one length fit equally well, such as those of a student and its teacher.
+    """
     names, count = set(names), Counter()
     for key in weights:
         parts = key.split('.')
         count.update('.'.join(parts[:i]) + '.' * bool(i) for i in range(len(parts)) if '.'.join(parts[i:]) in names)
-    return min(count, key=lambda prefix: (-count[prefix], len(prefix)), default='')
+    found = min(count, key=lambda prefix: (-count[prefix], len(prefix)), default='')
+    equal = [prefix for prefix in count if (count[prefix], len(prefix)) == (count[found], len(found))]
+    if len(equal) > 1 and 2 * count[found] > len(names):
+        raise CheckpointError(f'the checkpoint must hold one such network, but holds {len(equal)}, under {some(equal)}: name '
+                              "one of these as prefix, for a backbone in init_cfg=dict(type='Pretrained', prefix=…)")
+    return found
 
 
 def load_pretrained(module: nn.Module,

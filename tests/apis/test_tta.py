@@ -94,6 +94,11 @@ def test_the_mask_is_the_vote_of_the_views_weighted_by_their_scores():
     assert torch.equal(got.masks, view([best]).pred_instances.masks)
 
 
+def test_a_box_without_area_has_an_empty_mask():
+    got = merge(view([(10, 10, 10, 15, .9, 0)]), view([(10, 10, 10, 15, .9, 0)], 'horizontal'))
+    assert len(got) and not got.masks.any()
+
+
 def test_boxes_of_another_class_neither_suppress_nor_vote():
     got = merge(view([(2, 2, 12, 12, .9, 0)]), view([(2, 2, 14, 12, .8, 1)]))
     assert got.labels.tolist() == [0, 1]

@@ -65,6 +65,12 @@ def test_what_was_loaded_left_out_and_missing_is_logged(tmp_path, log):
                        'left out: cls (1), optimizer, epoch; missing: norm3.weight, norm3.bias')
 
 
+def test_two_networks_under_prefixes_of_one_length_are_not_chosen_from(tmp_path):
+    torch.save({**prefixed('student.', weights()), **prefixed('teacher.', weights())}, tmp_path / 'two.pth')
+    with pytest.raises(CheckpointError, match=r'holds 2, under student\., teacher\.: name one of these as prefix'):
+        load_pretrained(RevCol(NANO), str(tmp_path / 'two.pth'))
+
+
 def test_a_prefix_can_be_named(tmp_path):
     two = {**prefixed('student.', weights()), **prefixed('teacher.', {name: value + 1 for name, value in weights().items()})}
     torch.save(dict(state_dict=two), tmp_path / 'w.pth')

@@ -85,7 +85,8 @@ class InstanceTTAModel(DetTTAModel):
                 weight = view.scores[voter[index]]
                 weights[index] += weight
                 ayes[index] += weight * view.masks[voter[index]]
-        return ayes >= 0.5 * weights[:, None, None]
+        weights = weights[:, None, None]
+        return (ayes >= 0.5 * weights) & (weights > 0)  # a box without area overlaps nothing, not even itself
 
 
 def _is_flipped(sample: DetDataSample) -> bool:
