@@ -9,6 +9,7 @@ from typing import Mapping
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -133,7 +134,7 @@ class _TodaysContents(Hook):
             checkpoint['state_dict'] = weights
 
 
-def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | FlexibleRunner:
+def build_runner(cfg: Config, loads_whole_model: bool = False, kept: Config | None = None) -> Runner | FlexibleRunner:
     """mmengine's Runner, or the one that the config's ``runner_type`` names, with :class:`SafeSaving`,
     :class:`WorkersEndWithTraining` and :class:`CheckedLoading`.
 
@@ -141,6 +142,9 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
         cfg (Config): the config.
         loads_whole_model (bool): whether the checkpoint and the model must have the same weights, as for a test and when
             resuming. Default: False.
+        kept (Config | None): the config to write into the work folder, which a training can be repeated with: as the user has
+            given it, without what this machine or this call changes. It never replaces the file that it was read from.
+            Default: None, nothing is written.
 
     Raises:
         LaunchError: for settings that the model, a hook or another part refuses, and for parts that do not go together.
@@ -162,10 +166,20 @@ def build_runner(cfg: Config, loads_whole_model: bool = False) -> Runner | Flexi
         _add_exact_resume(cfg)
         if get_device() == 'cpu':
             fit_to_cpu(cfg)
-        runner = type(kind.__name__, (SafeSaving, WorkersEndWithTraining, CheckedLoading, kind), {}).from_cfg(cfg)
+        runner = type(kind.__name__, (SafeSaving, WorkersEndWithTraining, CheckedLoading, kind), dict(
+            dump_config=lambda runner: _keep_config(runner, kept))).from_cfg(cfg)
     runner.loads_whole_model = loads_whole_model
     runner.logger.info(ops.describe())
     return runner
+
+
+def _keep_config(runner: Runner | FlexibleRunner, kept: Config | None) -> None:
+    """In place of mmengine's, which writes what a test, a resumed run or a machine without a GPU has made of the config."""
+    if kept is None or not is_main_process():
+        return
+    path = osp.join(runner.work_dir, osp.basename(kept.filename) if kept.filename else f'{runner.timestamp}.py')
+    if kept.filename is None or osp.realpath(path) != osp.realpath(kept.filename):
+        kept.dump(path)
 
 
 def _add_exact_resume(cfg: Config) -> None:

@@ -94,8 +94,8 @@ class DeleteOutdated(Hook):
         folders = []
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook) and isinstance(hook.file_backend, LocalBackend):
-                hook.file_backend = _DeletesLater(runner.message_hub)
-                folders.append(osp.normpath(hook.out_dir))
+                hook.file_backend = _DeletesLater(runner.message_hub, osp.abspath(hook.out_dir))
+                folders.append(osp.abspath(hook.out_dir))
         if is_main_process():
             for folder in filter(osp.isdir, folders):
                 for name in os.listdir(folder):
@@ -103,7 +103,8 @@ class DeleteOutdated(Hook):
                     if name.startswith('.') and (SUFFIX in name or fnmatch.fnmatch(name, '.last_checkpoint.*.tmp')):
                         _remove(osp.join(folder, name))
         # A training that was resumed from a checkpoint in another folder must not delete files there.
-        outdated = [path for path in runner.message_hub.runtime_info.get(OUTDATED, []) if osp.dirname(path) in folders]
+        outdated = runner.message_hub.runtime_info.get(OUTDATED, [])
+        outdated = [path for path in outdated if osp.dirname(osp.abspath(path)) in folders]
         runner.message_hub.update_info(OUTDATED, outdated)
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
@@ -125,13 +126,14 @@ def _delete_outdated(runner) -> None:
 
 
 class _DeletesLater(LocalBackend):
-    """File backend of a CheckpointHook."""
+    """File backend of a CheckpointHook. It keeps what lies in other folders, as the best file of the run it goes on from."""
 
-    def __init__(self, message_hub) -> None:
-        self.message_hub = message_hub
+    def __init__(self, message_hub, folder: str) -> None:
+        self.message_hub, self.folder = message_hub, folder
 
     def remove(self, filepath: str) -> None:
-        self.message_hub.runtime_info.setdefault(OUTDATED, []).append(osp.normpath(filepath))
+        if osp.dirname(osp.abspath(filepath)) == self.folder:
+            self.message_hub.runtime_info.setdefault(OUTDATED, []).append(osp.normpath(filepath))
 
     rmtree = remove
 

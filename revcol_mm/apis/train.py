@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Training, for ``tools/train.py``."""
 import argparse
+import copy
 import os.path as osp
 from typing import Sequence
 
@@ -62,6 +63,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         _set_auto_scale_lr(cfg, args.config)
+    kept = None if args.dry_run else copy.deepcopy(cfg)
     _set_resume(cfg, args.resume)
     resume = cfg.get('resume', False)
     if cfg.get('load_from'):
@@ -76,12 +78,12 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_class_folders(cfg, ('train', 'val'))
     check_pretrained(cfg, args.config)
     with lock_work_dir(cfg.work_dir, cfg.launcher):
-        _run(cfg, args)
+        _run(cfg, args, kept)
     leave_process_group()
 
 
-def _run(cfg: Config, args: argparse.Namespace) -> None:
-    runner = build_runner(cfg, loads_whole_model=bool(cfg.get('resume')))
+def _run(cfg: Config, args: argparse.Namespace, kept: Config | None) -> None:
+    runner = build_runner(cfg, loads_whole_model=bool(cfg.get('resume')), kept=kept)
     if not any(isinstance(hook, CurvesHook) for hook in runner.hooks):
         runner.register_hook(CurvesHook())
     try:

@@ -99,4 +99,5 @@ train_cfg = dict(by_epoch=False, max_iters=1)
 """)
     train.train(['config.py', '--work-dir', 'trained'])
     test.test(['config.py', 'trained/iter_1.pth', '--work-dir', 'work'])
-    assert (tmp_path / 'scores.pkl').exists() and Config.fromfile('work/config.py').work_dir == 'work'
+    assert (tmp_path / 'scores.pkl').exists() and not (tmp_path / 'work' / 'config.py').exists()
+    assert Config.fromfile('trained/config.py').work_dir == 'trained'

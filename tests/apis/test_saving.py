@@ -132,6 +132,27 @@ def test_a_run_that_goes_on_in_another_folder_deletes_nothing_in_the_first(confi
     assert {file.name for file in (tmp_path / 'work').glob('*.pth')} == {'iter_1.pth', 'iter_2.pth'}
 
 
+def test_a_run_that_goes_on_in_another_folder_keeps_the_best_of_the_first(config, tmp_path):
+    fit(config, *VALIDATION, 'train_cfg.max_iters=2')
+    best = {file.name for file in (tmp_path / 'work').glob('best*')}
+    contents = torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=True)
+    contents['message_hub']['runtime_info'].update(best_score=0.0)  # every validation of the second run is better
+    torch.save(contents, tmp_path / 'work' / 'iter_2.pth')
+    train.train([config, '--work-dir', 'other', '--resume', 'work/iter_2.pth', '--cfg-options', *VALIDATION])
+    assert best and {file.name for file in (tmp_path / 'work').glob('best*')} == best
+    assert [file.name for file in (tmp_path / 'other').glob('best*')] == ['best_score_iter_4.pth']
+
+
+def test_the_folder_keeps_the_config_as_it_was_given_and_no_call_changes_its_input(config, tmp_path):
+    fit(config, 'train_cfg.max_iters=2')
+    kept = Config.fromfile('work/config.py')
+    assert not kept.get('resume') and kept.get('load_from') is None and kept.train_cfg.max_iters == 2
+    before = (tmp_path / 'work' / 'config.py').read_text()
+    fit('work/config.py', 'train_cfg.max_iters=3')
+    train.train([config, '--work-dir', 'work', '--dry-run'])
+    assert (tmp_path / 'work' / 'config.py').read_text() == before
+
+
 def test_a_refused_write_leaves_both_files_as_they_were_and_says_so_in_one_sentence(config, tmp_path):
     """The system refuses to make a file larger than a limit: as a full disk does, in the middle of the file."""
     fit(config, 'train_cfg.max_iters=1')

@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import BaseMetric
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
@@ -87,7 +87,8 @@ class Recorder(Hook):
 
 
 def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, resume=False, interval=2, by_iter=True, end=None,
-        hooks=(), hook=True, val=0, accumulate=1, seed=5, sampler=None, batch_size=2, save_best=None, loader=None):
+        hooks=(), hook=True, val=0, accumulate=1, seed=5, sampler=None, batch_size=2, save_best=None, loader=None,
+        schedule=None, scales=False):
     """Trains the toy; a pass over its data has five batches of two."""
     recorder = recorder or Recorder()
     sampler = sampler or ('DefaultSampler' if by_epoch else 'InfiniteSampler')
@@ -99,6 +100,7 @@ def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, r
         default_hooks['exact_resume'] = dict(type='ExactResumeHook')
     validation = dict(val_dataloader=dict(dataset=Noise(), batch_size=5, num_workers=0, sampler=dict(
         type='DefaultSampler', shuffle=False)), val_cfg=dict(), val_evaluator=[Metric()]) if val else {}
+    schedule = schedule or dict(type='CosineAnnealingLR', by_epoch=False, T_max=20, end=20)
     torch.manual_seed(0)  # the first weights: the model is made before the runner seeds
     model = Toy()
     runner = Runner(
@@ -106,7 +108,7 @@ def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, r
         train_dataloader=loader or dict(dataset=Noise(), batch_size=batch_size, num_workers=workers,
                                         persistent_workers=persistent, sampler=dict(type=sampler, shuffle=True)),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2), accumulative_counts=accumulate),
-        param_scheduler=dict(type='CosineAnnealingLR', by_epoch=False, T_max=20, end=20),
+        param_scheduler=schedule, cfg=Config(dict(param_scheduler=[schedule], auto_scale_lr=dict(enable=scales))),
         default_hooks=default_hooks, custom_hooks=[*hooks, recorder], resume=resume,
         load_from=str(folder / resume) if isinstance(resume, str) else None,
         randomness=dict(seed=seed), log_level='WARNING', **validation)
@@ -335,6 +337,40 @@ def test_another_batch_size_goes_on_without_losing_samples(tmp_path, warnings_of
     assert len(resumed.seen) == 3
     assert all(left >= 0 for left in resumed.logged)
     assert any('by 1 processes with 2 samples in a batch' in message for message in warnings_of)
+
+
+@pytest.mark.parametrize('scales', [False, True])
+@pytest.mark.parametrize('schedule, by_epoch', [
+    (dict(type='CosineAnnealingLR', by_epoch=True, T_max=3, convert_to_iter_based=True), True),
+    (dict(type='LinearLR', by_epoch=True, start_factor=0.1, end=3, convert_to_iter_based=True), True),
+    (dict(type='MultiStepLR', by_epoch=True, milestones=[1, 2]), True),
+    (dict(type='CosineAnnealingLR', by_epoch=False, T_max=9), False)])
+def test_the_schedule_with_another_batch_size_is_that_of_a_run_which_always_had_it(tmp_path, schedule, by_epoch, scales):
+    rates = {}
+
+    class Rates(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            rates.setdefault(runner, []).append(runner.optim_wrapper.param_groups[0]['lr'])
+
+    settings = dict(by_epoch=by_epoch, schedule=schedule)
+    run(tmp_path / 'first', interval=5, **settings)  # batches of two: five in an epoch
+    resumed = run(tmp_path / 'first', resume='iter_5.pth', batch_size=5, scales=scales, hooks=[Rates()], **settings)
+    whole = run(tmp_path / 'whole', batch_size=5, hooks=[Rates()], **settings)
+    ours, expected = rates[resumed.runner], rates[whole.runner][-len(rates[resumed.runner]):]
+    assert len(ours) == 4
+    assert ours == pytest.approx([rate * (2.5 if scales else 1) for rate in expected])
+
+
+def test_early_stopping_goes_on_counting(tmp_path):
+    def stopping():
+        return EarlyStoppingHook('count', rule='greater', min_delta=1, patience=3)
+
+    run(tmp_path, val=2, interval=2, end=4, hooks=[stopping()])
+    resumed = run(tmp_path, val=2, interval=2, end=20, resume='iter_4.pth', hooks=[stopping()])
+    whole = run(tmp_path / 'whole', val=2, interval=2, end=20, hooks=[stopping()])
+    # The first validation is the best. Without its count the resumed run would end after iteration 12. The validation at
+    # iteration 4, which comes after the checkpoint, is not repeated.
+    assert (whole.runner.iter, resumed.runner.iter) == (8, 10)
 
 
 def test_weights_to_start_from_restore_no_states(tmp_path):

@@ -1,10 +1,11 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """A resumed run is the uninterrupted one."""
 import copy
+import warnings
 from typing import Any
 
 from mmengine.dist import all_gather_object, get_rank, get_world_size
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS, HOOKS
@@ -26,6 +27,10 @@ class ExactResumeHook(Hook):
     With data-loader workers, the seeds of a batch follow from the run's seed, the process's rank, the pass over the data and
     the batch's number in it. So they do not depend on the number of workers, and passes differ (mmengine seeds workers that
     are not persistent alike in every epoch). What a validation draws is undone.
+
+    A run that goes on with another batch size, number of processes or number of samples is not exact, but its schedules end
+    where they should, and with ``auto_scale_lr`` its learning rate is that of the new batch. What EarlyStoppingHook has counted
+    is stored, too.
 
     Between two updates of an accumulated gradient, one process stores the gradients, too. Several processes have different
     gradients, which are not stored; the log has a warning.
@@ -65,6 +70,8 @@ class ExactResumeHook(Hook):
             runner.logger.warning(f'this run cannot be resumed exactly: {reason}')
             return
         place = self._find_place(runner, loader) if resumed else {}
+        for hook, state in zip(_early_stopping(runner), self.loaded.get('early_stopping', [])):
+            vars(hook).update(state)
         self.seed = place.get('seed', self.seed)
         self.position = dict(epoch=runner.epoch, iter=runner.iter, batch=place.get('batch', 0))
         # The workers of an iteration loop have begun to read: with other seeds, and from the first batch on.
@@ -112,6 +119,7 @@ class ExactResumeHook(Hook):
             if self.by_epoch:
                 place['batch'] = min(place['batch'], len(loader))
                 runner.train_loop._iter = place['epoch'] * len(loader) + place['batch']
+            self._fit_schedules(runner, first['settings'], settings)
         elif stored[rank] is None:
             reason = f'the checkpoint does not hold the states of process {rank}, because not all processes took part in saving'
         else:
@@ -126,6 +134,52 @@ class ExactResumeHook(Hook):
         if reason:
             runner.logger.warning(f'resuming is not exact: {reason}')
         return place
+
+    def _fit_schedules(self, runner, before: dict, now: dict) -> None:
+        """Puts the schedules, which mmengine resumes with their numbers of iterations, where a run of these settings would be.
+
+        With ``auto_scale_lr``, the learning rate follows the batch.
+        """
+        schedulers, wrapper = runner.param_schedulers, runner.optim_wrapper
+        if not isinstance(schedulers, list) or isinstance(wrapper, OptimWrapperDict):
+            return
+        sizes = [(settings['batch_size'] or 1) * settings['processes'] for settings in (before, now)]
+        factor = sizes[1] / sizes[0] if (runner.cfg.get('auto_scale_lr') or {}).get('enable') else 1.
+        for group in wrapper.param_groups:
+            for key in {'lr', 'initial_lr'} & set(group):
+                group[key] *= factor
+        for scheduler in (scheduler for scheduler in schedulers if scheduler.param_name == 'lr'):
+            scheduler.base_values = [value * factor for value in scheduler.base_values]
+            scheduler._last_value = [value * factor for value in scheduler._last_value]
+        if factor != 1:
+            runner.logger.warning(f'the learning rate is {factor:g} times that of the checkpoint, as auto_scale_lr wants it')
+        if not self.by_epoch or all(scheduler.by_epoch for scheduler in schedulers):
+            return
+        if runner.cfg.get('param_scheduler'):
+            self._replay_schedules(runner)
+        else:
+            runner.logger.warning('the schedules keep their iterations, because the runner was built without a config')
+
+    def _replay_schedules(self, runner) -> None:
+        length, wrapper = len(runner.train_loop.dataloader), runner.optim_wrapper
+        for name in {scheduler.param_name for scheduler in runner.param_schedulers}:
+            for group in (group for group in wrapper.param_groups if f'initial_{name}' in group):
+                group[name] = group[f'initial_{name}']
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of steps of the schedules without a step of the optimizer
+            if hasattr(runner, 'strategy'):
+                schedulers = runner.strategy.build_param_scheduler(runner.cfg.param_scheduler, wrapper, dict(
+                    epoch_length=length, max_epochs=runner.max_epochs, max_iters=runner.max_iters))
+                runner.strategy.param_schedulers = schedulers
+            else:
+                schedulers = runner.build_param_scheduler(runner.cfg.param_scheduler)
+            runner.param_schedulers = schedulers
+            for iteration in range(1, runner.iter + 1):
+                for scheduler in schedulers:
+                    if not scheduler.by_epoch or iteration % length == 0:
+                        scheduler.step()
+        runner.logger.warning(f'the schedules go on as those of a run with {length} iterations in an epoch, at iteration '
+                              f'{runner.iter}')
 
     def _place_without_states(self, runner, loader: DataLoader) -> dict[str, int]:
         length = len(loader)
@@ -207,7 +261,8 @@ class ExactResumeHook(Hook):
             # Another hook saves. The other processes may not be here, so they cannot be asked.
             processes = [None] * get_world_size()
             processes[rank] = self._own(runner)
-        checkpoint['exact_resume'] = dict(processes=processes)
+        checkpoint['exact_resume'] = dict(processes=processes, early_stopping=[
+            dict(wait_count=hook.wait_count, best_score=hook.best_score) for hook in _early_stopping(runner)])
         # After a validation, mmengine's CheckpointHook writes numbers that are too high by one.
         checkpoint['meta'].update(epoch=self.position['epoch'], iter=self.position['iter'])
         if 'optimizer' in checkpoint and _between_updates(runner.optim_wrapper):
@@ -225,6 +280,10 @@ class ExactResumeHook(Hook):
                 f'the checkpoint of iteration {self.position["iter"]} lies between two updates of an accumulated gradient, and '
                 'with several processes the gradients are not stored: resuming from it is not exact. Save every N iterations, '
                 'where N is a multiple of optim_wrapper.accumulative_counts')
+
+
+def _early_stopping(runner) -> list[EarlyStoppingHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
 
 def _why_not(loop: Any) -> str | None:
