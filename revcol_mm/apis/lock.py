@@ -21,6 +21,11 @@ NAME = 'training.lock'
 RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
 
 
+def rank_of(launcher: str) -> int:
+    """The rank that the launcher has given to this process; 0 without a launcher."""
+    return int(os.environ.get(RANKS.get(launcher, ''), 0))
+
+
 @contextlib.contextmanager
 def lock_work_dir(work_dir: str, launcher: str = 'none') -> Iterator[None]:
     """A context in which no second training can start in ``work_dir``: its checkpoints and logs would mix with the first one's.
@@ -36,7 +41,7 @@ def lock_work_dir(work_dir: str, launcher: str = 'none') -> Iterator[None]:
     Raises:
         LaunchError: if another training holds the lock. The message has its process, its machine and the time of its start.
     """
-    if int(os.environ.get(RANKS.get(launcher, ''), 0)) != 0 or fcntl is None:
+    if rank_of(launcher) != 0 or fcntl is None:
         yield
         return
     os.makedirs(work_dir, exist_ok=True)

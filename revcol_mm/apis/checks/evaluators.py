@@ -34,14 +34,18 @@ def check_evaluator(evaluator: Any, datasets: Sequence[Any], records: Sequence[R
         LaunchError: they are not the same, or a metric asks for what the data do not have.
     """
     classes = next((record.classes for record in records if record.classes), ())
-    for metric in evaluator.metrics:
+    own = type(evaluator).__name__ == 'MultiDatasetsEvaluator' and len(evaluator.metrics) == len(datasets) == len(records)
+    for index, metric in enumerate(evaluator.metrics):
         ranks = getattr(metric, 'topk', None)
         if isinstance(ranks, (tuple, list)) and classes and max(ranks) > len(classes):
             fitting = tuple(rank for rank in ranks if rank <= len(classes))
             raise LaunchError(f'the topk of {name}_evaluator must be at most the {len(classes)} classes of {name}_dataloader, '
                               f'but is {tuple(ranks)}: set topk={fitting or (1, )!r}')
-        if hasattr(metric, '_coco_api') and records and len(records) == len(datasets):
-            _check_coco(metric, datasets, records, size, name)
+        if hasattr(metric, '_coco_api') and hasattr(metric, 'metrics') and records and len(records) == len(datasets):
+            if own:  # each metric judges the data set at its place
+                _check_coco(metric, datasets[index:index + 1], records[index:index + 1], records[index].images, name)
+            else:
+                _check_coco(metric, datasets, records, size, name)
 
 
 def _check_coco(metric: Any, datasets: Sequence[Any], records: Sequence[Record], size: int, name: str) -> None:

@@ -21,7 +21,8 @@ def heads_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         parts = [part for part in name.split('.') if part not in ('module', '_fsdp_wrapped_module')]
         own = [part for part in parts if not part.isdigit()]
         if own and 'head' in own[-1] and not any(part in NO_HEADS for part in parts) and isinstance(
-                getattr(module, 'num_classes', None), int) and not getattr(module, 'class_agnostic', False):
+                getattr(module, 'num_classes', None), int) and not getattr(module, 'class_agnostic', False) \
+                and type(module).__name__ != 'STDCHead':  # it tells boundaries from the rest
             yield '.'.join(['model', *parts]), module
 
 

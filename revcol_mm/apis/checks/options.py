@@ -43,7 +43,7 @@ LOOKED_UP = dict(
               'split_thr', 'panoptic_on', 'semantic_on', 'instance_on', 'object_mask_thr', 'filter_low_score', 'fp16'),
     paramwise_cfg=('custom_keys', ), auto_scale_lr=('enable', 'base_batch_size'),
     env_cfg=('cudnn_benchmark', 'mp_cfg', 'dist_cfg'), metainfo=('classes', 'palette'), data_prefix=(),
-    filter_cfg=('filter_empty_gt', 'min_size'))
+    filter_cfg=('filter_empty_gt', 'min_size', 'bbox_min_size'))
 #: Where the classes that a config names are looked for.
 REGISTRIES = (MODELS, TASK_UTILS, DATASETS, TRANSFORMS, HOOKS, DATA_SAMPLERS, METRICS, EVALUATOR, LOOPS, OPTIMIZERS,
               OPTIM_WRAPPERS, PARAM_SCHEDULERS, VISUALIZERS, VISBACKENDS, LOG_PROCESSORS)

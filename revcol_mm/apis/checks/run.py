@@ -57,6 +57,7 @@ class DataChecks:
         # Keyed by the data set itself, whose id() the next one may get when it is gone.
         self.records: WeakKeyDictionary[BaseDataset, Record] = WeakKeyDictionary()
         self.categories: dict[str, list[dict]] = {}
+        self.latest = ''  # the file that was read last
         self.annotated: dict[str, int] = {}
         self._stack = contextlib.ExitStack()
 
@@ -124,8 +125,8 @@ class DataChecks:
             if isinstance(content, dict) and content:
                 check_annotations(content, str(annotation_file))  # which may know the reason
             raise LaunchError(no_annotations(str(annotation_file), error)) from error
-        if annotation_file is not None and type(coco).__name__ == 'COCO':
-            path = osp.abspath(annotation_file)
+        if annotation_file is not None and not type(coco).__name__.startswith('COCOPanoptic'):
+            path = self.latest = osp.abspath(annotation_file)
             check_annotations(coco.dataset, annotation_file, coco)
             self.categories[path] = coco.dataset.get('categories', [])
             self.annotated[path] = len(coco.dataset.get('annotations', []))
@@ -139,6 +140,10 @@ class DataChecks:
         if dataset in self.records:
             return
         path = osp.abspath(dataset.ann_file) if dataset.ann_file else ''
+        if hasattr(dataset, 'cat_ids') and path not in self.categories and self.latest in self.categories:
+            # A remote file was read from a local copy.
+            self.categories[path], self.annotated[path] = self.categories[self.latest], self.annotated[self.latest]
+        self.latest = ''
         self.order.settle(dataset, path, self.categories.get(path) if hasattr(dataset, 'cat_ids') else None)
         first = next(iter(dataset.data_list), None)
         if first is None:
@@ -175,7 +180,8 @@ class DataChecks:
         if 'width' in infos[0] and 'height' in infos[0]:
             record.sizes = spread([(info['width'], info['height']) for info in infos])
             _warn_of_far_corners(boxes, counts, infos, path or name_of(dataset))
-        if any(getattr(step, 'with_mask', False) for step in steps_of(dataset.pipeline)):
+        if any(getattr(step, 'with_mask', False) and 'Panoptic' not in type(step).__name__
+               for step in steps_of(dataset.pipeline)):
             maskless = sum('mask' not in instance for instance in instances)
             if maskless:
                 raise LaunchError(f'every annotation in {path or name_of(dataset)} must have a segmentation, because the '

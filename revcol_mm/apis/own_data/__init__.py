@@ -16,19 +16,23 @@ docs/own_data.md describes the layouts for users.
 """
 import os
 import os.path as osp
+import time
+from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from mmengine.config import Config
 
 from ...checkpoint.files import open_whole
 from ..errors import LaunchError
-from ..lock import lock_work_dir
+from ..lock import lock_work_dir, rank_of
 from .layouts import find_data
 from .samples import draw_samples
 from .settings import fill_config
 from .splits import split_data
 
 __all__ = ['draw_samples', 'own_data_folder', 'use_own_data']
+
+PATIENCE = 20.  # seconds that a process waits for that of rank 0; if this one is refused, the others are ended before
 
 
 def own_data_folder(cfg: Config) -> str:
@@ -63,13 +67,21 @@ def use_own_data(cfg: Config, root: str, val_fraction: float | None = None, opti
     lines = fill_config(cfg, data, options)
     if lists:
         with lock_work_dir(cfg.work_dir, cfg.launcher):
-            _write(lists)
+            _write(lists, rank_of(cfg.launcher) == 0)
     return lines
 
 
-def _write(lists: dict[str, str]) -> None:
-    """Every process of a run writes them: they are the same, and appear complete."""
+def _write(lists: dict[str, str], first: bool) -> None:
+    """The process of rank 0 writes them, if it has got the lock. The others wait for it, and write them on another disk."""
     for path, text in lists.items():
-        os.makedirs(osp.dirname(path), exist_ok=True)
-        with open_whole(path, 'w') as file:
-            file.write(text)
+        until = time.monotonic() + PATIENCE
+        while not first and time.monotonic() < until and not _is_written(path, text):
+            time.sleep(0.1)
+        if not _is_written(path, text):
+            os.makedirs(osp.dirname(path), exist_ok=True)
+            with open_whole(path, 'w') as file:
+                file.write(text)
+
+
+def _is_written(path: str, text: str) -> bool:
+    return osp.isfile(path) and Path(path).read_text(encoding='utf-8') == text

@@ -247,6 +247,10 @@ def find_segmentation(root: str) -> OwnData | None:
         if parts['val'] is not None:
             raise LaunchError(f'{root} must have images for training, but has only those for validation '
                               f'({parts["val"].images}): {EXPECTED["mmseg"]}')
+        test = [name for folder in (images, maps) for name in part_folders(folder, 'test')]
+        if test:  # --val-fraction would train on it
+            raise LaunchError(f'{root} must have a folder of images for training that is named so, because it has one for '
+                              f'testing ({test[0]}): {EXPECTED["mmseg"]}')
         train = _maps_of(images, maps)
     classes, notes = _map_classes(root, train)
     return OwnData(root, 'mmseg', classes, train, parts['val'], notes)

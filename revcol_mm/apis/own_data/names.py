@@ -41,7 +41,7 @@ def hidden_folders(path: str) -> list[str]:
 
 
 def part_folders(path: str, part: str) -> list[str]:
-    """The folders in ``path`` whose names say that they are for 'train' or 'val'."""
+    """The folders in ``path`` whose names say that they are for 'train', 'val' or 'test'."""
     return [osp.join(path, name, '') for name in folders_of(path) if part_of(name) == part]
 
 

@@ -230,9 +230,12 @@ def _scale_learning_rate(cfg: Config, options: Mapping[str, Any]) -> str:
     given = Config()
     given.merge_from_dict(dict(options))
     rate = ((given.get('optim_wrapper') or {}).get('optimizer') or {}).get('lr')
-    if rate is not None:
+    enabled = (given.get('auto_scale_lr') or {}).get('enable')
+    if rate is not None and not enabled:
+        if cfg.get('auto_scale_lr'):  # a config that an earlier run has kept scales
+            cfg.auto_scale_lr.enable = False
         return f'  learning rate: {rate}, as given, and not scaled'
-    if (given.get('auto_scale_lr') or {}).get('enable') is False:
+    if enabled is False:
         return f'  learning rate: as in {cfg.filename}, not scaled, because auto_scale_lr.enable=False'
     base = (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
     if base is None:

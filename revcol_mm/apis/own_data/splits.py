@@ -1,15 +1,18 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Dividing data that have no part for validation."""
+import hashlib
 import json
 import os.path as osp
-import random
 from dataclasses import replace
 from typing import Collection, Sequence
 
 from ..errors import LaunchError
 from .layouts import OwnData
 
-SEED = 0  # the same data and the same fraction are always divided in the same way
+
+def _draw(name: str) -> bytes:
+    """A random number that belongs to the name: a file more or less moves at most one other to the other part."""
+    return hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
 
 
 def split_data(data: OwnData, fraction: float, folder: str) -> tuple[OwnData, dict[str, str]]:
@@ -36,7 +39,7 @@ def split_data(data: OwnData, fraction: float, folder: str) -> tuple[OwnData, di
             where = osp.join(whole.images, group)
             raise LaunchError(f'--val-fraction needs at least two images to divide, but {where} has {len(names)}')
         count = min(max(round(fraction * len(names)), 1), len(names) - 1)
-        chosen.update(random.Random(SEED).sample(sorted(names), count))
+        chosen.update(sorted(names, key=_draw)[:count])
     parts, lists = [], {}
     for name, kept in (('train', [sample for sample in whole.samples if sample not in chosen]),
                        ('val', [sample for sample in whole.samples if sample in chosen])):

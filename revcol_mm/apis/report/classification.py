@@ -6,6 +6,7 @@ from typing import Any, Sequence
 import mmcv
 import numpy as np
 
+from ..errors import LaunchError
 from .findings import Findings, Judged
 
 
@@ -21,7 +22,15 @@ class ClassificationCollector:
         self.samples: list[Any] = []
 
     def add(self, samples: Sequence[Any]) -> None:
-        """Adds predictions of the model, with their truth."""
+        """Adds predictions of the model, with their truth.
+
+        Raises:
+            LaunchError: for an image with several labels, or without one.
+        """
+        for sample in samples:
+            if len(sample.gt_label) != 1:
+                raise LaunchError(f'--report needs one label for each image, but {sample.img_path} has {len(sample.gt_label)}: '
+                                  'leave --report out')
         self.samples += [sample.cpu() for sample in samples]
 
     def findings(self) -> Findings:

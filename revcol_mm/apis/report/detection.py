@@ -24,12 +24,13 @@ LARGE = 384  # pixels; smaller images are enlarged in pictures, up to this
 
 @contextlib.contextmanager
 def recorded_evaluations() -> Iterator[dict[str, Any]]:
-    """A context in which the COCOeval objects of mmdet's CocoMetric are kept, by 'bbox' and 'segm'."""
+    """A context in which the COCOeval objects of mmdet's CocoMetric are kept, by 'bbox' and 'segm', but not of proposals."""
     kept: dict[str, Any] = {}
 
     class Recorded(coco_metric.COCOeval):
         def summarize(self, *args, **kwargs):
-            kept[self.params.iouType] = self
+            if self.params.useCats:
+                kept[self.params.iouType] = self
             return super().summarize(*args, **kwargs)
 
     with patch.object(coco_metric, 'COCOeval', Recorded):

@@ -64,13 +64,16 @@ class Reporter(Hook):
         classes, self.visualizer = metainfo['classes'], build_visualizer(self.scope, metainfo)
         if self.scope == 'mmdet':
             from .detection import recorded_evaluations
+            if any(getattr(metric, 'use_mp_eval', False) for metric in runner.test_evaluator.metrics):
+                raise LaunchError('--report needs the evaluation of one process, but test_evaluator.use_mp_eval is True: add '
+                                  '--cfg-options test_evaluator.use_mp_eval=False')
             with recorded_evaluations() as self.evaluations:
                 yield
             return
         if self.scope == 'mmseg':
             from .segmentation import SegmentationCollector
-            ignored = getattr(next(leaves(runner.test_loop.dataloader.dataset)), 'ignore_index', 255)
-            self.collector = SegmentationCollector(classes, ignored)
+            ignored = [metric.ignore_index for metric in runner.test_evaluator.metrics if hasattr(metric, 'ignore_index')]
+            self.collector = SegmentationCollector(classes, *ignored[:1])
         else:
             from .classification import ClassificationCollector
             self.collector = ClassificationCollector(classes)

@@ -1,5 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Entries of annotation files, and objects that are left."""
+import contextlib
+import shutil
 
 import pytest
 from mmdet.datasets.api_wrappers import COCO, COCOeval
@@ -64,6 +66,27 @@ def test_annotations_without_masks_are_refused_where_the_pipeline_loads_masks(ch
     with pytest.raises(LaunchError, match=r'must have a segmentation.*\(with_mask=True\), but 1 of 2 have none'):
         coco_set(path, pipeline=[LoadAnnotations(with_bbox=True, with_mask=True)])
     coco_set(path, pipeline=[LoadAnnotations(with_bbox=True)])
+
+
+def test_panoptic_pipelines_need_no_masks_of_objects(checks, tmp_path):
+    path = write_coco(tmp_path, change=lambda content: content['annotations'][1].pop('segmentation'))
+
+    class LoadPanopticAnnotations(LoadAnnotations):  # mmdet's own needs a package that is not on PyPI
+        pass
+
+    coco_set(path, pipeline=[LoadPanopticAnnotations(with_bbox=True, with_mask=True)])
+
+
+def test_the_order_of_a_file_that_is_read_from_a_copy_is_known(checks, tmp_path, monkeypatch):
+    path = write_coco(tmp_path, categories=('square', 'disc'))  # mmdet numbers labels in this order
+
+    @contextlib.contextmanager
+    def fetched(name, **kwargs):  # as from an object store
+        yield str(shutil.copy(path, tmp_path / 'copy.json'))
+
+    monkeypatch.setattr('mmdet.datasets.coco.get_local_path', fetched)
+    dataset = coco_set(path, classes=('disc', 'square'))
+    assert dataset.metainfo['classes'][dataset.get_data_info(0)['instances'][0]['bbox_label']] == 'disc'
 
 
 def test_an_evaluator_of_masks_needs_masks(checks, tmp_path):

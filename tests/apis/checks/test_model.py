@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.transforms import LoadAnnotations
-from mmdet.evaluation import CocoMetric
+from mmdet.evaluation import CocoMetric, MultiDatasetsEvaluator
 from mmengine.config import ConfigDict
 from mmengine.dataset import ConcatDataset
 from mmengine.evaluator import Evaluator
@@ -107,6 +107,23 @@ def test_images_of_several_sets_with_one_id_are_refused_for_an_evaluation(checks
     metric = CocoMetric()
     with pytest.raises(LaunchError, match='4 images have 2 ids'):
         checks.check(loaders(val=ConcatDataset(sets)), model_of(2), dict(val=Evaluator([metric])))
+
+
+def test_each_metric_of_several_sets_is_checked_against_its_own(checks, tmp_path):
+    files = [write_coco(tmp_path, 'val'), write_coco(tmp_path, 'more', objects=('disc', ))]
+    metrics = [CocoMetric(str(path)) for path in files]
+    evaluator = MultiDatasetsEvaluator(metrics, ('val', 'more'))
+    checks.check(loaders(val=ConcatDataset(list(map(coco_set, files)))), model_of(2), dict(val=evaluator))
+    assert all(metric.cat_ids == [1, 2] for metric in metrics)
+
+
+def test_a_boundary_head_has_its_own_two_classes(checks, tmp_path):
+    class STDCHead(Head):
+        pass
+
+    model = nn.ModuleDict(dict(decode_head=Head(3), auxiliary_head=nn.ModuleList([Head(3), STDCHead(2)])))
+    dataset = BaseSegDataset(**write_maps(tmp_path, [0, 1, 2]), metainfo=dict(classes=('a', 'b', 'c')))
+    checks.check(loaders(train=dataset), model, {})
 
 
 def test_a_sliding_window_of_mask2former_gives_the_map_of_the_whole_image(monkeypatch):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
+from revcol_mm.apis import own_data
 from revcol_mm.apis.config import load_config
 from revcol_mm.apis.errors import LaunchError
 from revcol_mm.apis.own_data import use_own_data
@@ -341,6 +343,34 @@ def test_a_fraction_is_divided_alike_every_time_and_written_into_the_work_folder
     assert files_of(root) == before
 
 
+def test_an_image_more_moves_at_most_one_other_to_the_other_part(tmp_path):
+    names = [f'{index}' for index in range(101)]
+    write_images(*(tmp_path / 'mine' / group / name for group in 'ab' for name in names[:100]))
+    parts = []
+    for name in names[99:]:
+        write_images(*(tmp_path / 'mine' / group / name for group in 'ab'))
+        on_own_data(CLASSIFIER, 'mine', 0.2)
+        parts.append({line.split()[0] for line in (tmp_path / 'work/own_data/val.txt').read_text().splitlines()})
+    assert len(parts[0]) == 40 and len(parts[1] - parts[0]) <= 2  # one in a class
+
+
+def test_only_the_first_process_writes_the_lists(tmp_path, monkeypatch):
+    write_images(*(tmp_path / 'mine' / group / str(index) for group in 'ab' for index in range(5)))
+    on_own_data(CLASSIFIER, 'mine', 0.2)
+    path = tmp_path / 'work/own_data/val.txt'
+    before = path.read_text()
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setattr(own_data, 'PATIENCE', 0.)
+    cfg = config(CLASSIFIER)
+    cfg.launcher = 'pytorch'
+    written = []
+    monkeypatch.setattr(own_data, 'open_whole', lambda path, mode: written.append(path) or open(os.devnull, mode))
+    use_own_data(cfg, 'mine', 0.2)
+    assert not written and path.read_text() == before  # they are there
+    use_own_data(cfg, 'mine', 0.4)
+    assert len(written) == 2  # on another disk
+
+
 def test_hidden_folders_are_no_classes_of_divided_data(tmp_path):
     write_images(*(tmp_path / 'mine' / group / str(index) for group in ('a', 'b', '__MACOSX') for index in range(2)))
     assert on_own_data(CLASSIFIER, tmp_path / 'mine', 0.5).train_dataloader.dataset.metainfo.classes == ('a', 'b')
@@ -349,11 +379,14 @@ def test_hidden_folders_are_no_classes_of_divided_data(tmp_path):
 @pytest.mark.parametrize('options, scaled, said', [
     (['train_dataloader.num_workers=0'], True, 'scaled to the real one'),
     (['optim_wrapper.optimizer.lr=0.003'], False, 'learning rate: 0.003, as given, and not scaled'),
-    (['auto_scale_lr.enable=False'], False, 'not scaled, because auto_scale_lr.enable=False')])
-def test_a_learning_rate_that_the_user_gives_is_not_scaled(tmp_path, options, scaled, said):
+    (['auto_scale_lr.enable=False'], False, 'not scaled, because auto_scale_lr.enable=False'),
+    (['optim_wrapper.optimizer.lr=0.003', 'auto_scale_lr.enable=True'], True, 'scaled to the real one')])
+@pytest.mark.parametrize('kept', [False, True])
+def test_a_learning_rate_that_the_user_gives_is_not_scaled(tmp_path, options, scaled, said, kept):
     coco(tmp_path / 'mine')
     args = parse_train_args([DETECTOR, '--cfg-options', *options])
     cfg = config(DETECTOR)
+    cfg.auto_scale_lr.enable = kept  # as in a config that an earlier run has kept
     cfg.merge_from_dict(args.cfg_options)
     lines = use_own_data(cfg, 'mine', options=args.cfg_options)
     assert bool(cfg.auto_scale_lr.get('enable')) == scaled
@@ -423,6 +456,10 @@ def boxes_for_segmentor(root):
     coco(root)
 
 
+def maps_for_testing(root):
+    write_maps(root, ('trainval', 'test'))
+
+
 def line_twice(root):
     (write_maps(root) / 'classes.txt').write_text('road\nsky\nroad\n')
 
@@ -486,6 +523,7 @@ def hidden_images(root):
     ('mmdet', no_json, 'train.json must be an annotation file in COCO format'),
     ('mmdet', classes_for_detector, 'because detector.py is a config of mmdet, but it holds a folder of images for each class'),
     ('mmseg', boxes_for_segmentor, 'because segmentor.py is a config of mmseg, but it holds a set in COCO format'),
+    ('mmseg', maps_for_testing, r'must have a folder of images for training that is named so, .* testing \(.*/test/\)'),
     ('mmseg', line_twice, 'every class in .*classes.txt must have a name of its own, but there are several road'),
     ('mmseg', gaps, 'from 0 on without a gap .*but hold 0, 128, 255: write the names of all classes into classes.txt'),
     ('mmseg', no_map, r'must have a label map of its name in .*annotations/val/, but 1 of 2 have none \(1\)'),

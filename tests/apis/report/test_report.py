@@ -162,17 +162,18 @@ def test_a_prediction_takes_the_free_object_that_it_overlaps_most_and_crowds_cou
     assert match([near], [1], [False], [], []) == [(1, -1)]
 
 
-def test_pixels_are_counted_as_by_mmseg_s_metric(tmp_path):
+@pytest.mark.parametrize('ignored', [255, 254])
+def test_pixels_are_counted_as_by_mmseg_s_metric(tmp_path, ignored):
     from mmengine.structures import PixelData
     from mmseg.evaluation import IoUMetric
     from mmseg.structures import SegDataSample
     generator = np.random.default_rng(0)
-    collector, metric = SegmentationCollector(NAMES), IoUMetric()
+    collector, metric = SegmentationCollector(NAMES, ignored), IoUMetric(ignore_index=ignored)
     metric.dataset_meta = dict(classes=NAMES)
     for index in range(40):
         truth, found = generator.integers(0, 3, (2, 1, 6, 7))
-        truth[0, 0, :2] = 255
-        found[0] = np.where(generator.random((6, 7)) < index / 40, truth[0] % 255, found[0])
+        truth[0, 0, :2] = ignored
+        found[0] = np.where(generator.random((6, 7)) < index / 40, truth[0] % ignored, found[0])
         sample = SegDataSample(metainfo=dict(img_path=str(index)))
         sample.set_data(dict(gt_sem_seg=PixelData(data=torch.from_numpy(truth)),
                              pred_sem_seg=PixelData(data=torch.from_numpy(found))))
@@ -205,6 +206,13 @@ def test_the_accuracy_of_each_class_and_what_it_is_taken_for_are_counted():
     assert result.table['top-1'] == pytest.approx([2 / 3, 1, float('nan')], nan_ok=True)
     assert [round(image.score, 1) for image in result.images] == [.7, .1, 1., .6]
     assert [name for name, _ in result.curves] == ['disc', 'square']
+
+
+@pytest.mark.parametrize('labels', [[], [0, 2]])
+def test_images_with_several_labels_or_none_are_refused(labels):
+    sample = DataSample(metainfo=dict(img_path='x.jpg')).set_gt_label(torch.tensor(labels, dtype=torch.long))
+    with pytest.raises(LaunchError, match=f'one label for each image, but x.jpg has {len(labels)}: leave --report out'):
+        ClassificationCollector(NAMES).add([sample])
 
 
 def test_classes_of_one_name_are_all_shown(tmp_path, monkeypatch):
