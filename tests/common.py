@@ -141,7 +141,8 @@ def count_config(name: str) -> dict[str, Cost]:
 def narrow(cfg: Config) -> Config:
     """The one rule: an eighth of every width, and four columns; kernels, blocks, paths and heads as they are.
 
-    Attention has fewer heads where the narrow width is no multiple of their number.
+    Attention has fewer heads where the narrow width is no multiple of their number. DINO has an eighth of its queries, and
+    Mask2Former compares masks at a 64th of its points, which is where their steps spend their time.
     DINO's transformer keeps its width: mmdet's position encoding of the decoder is written for 256 channels.
     """
     model = cfg.model
@@ -155,10 +156,14 @@ def narrow(cfg: Config) -> Config:
     if 'num_heads' in arch:
         arch.num_heads = math.gcd(arch.num_heads, arch.embed_dims // SHRINK)
     if model.type == 'DINO':
+        model.num_queries //= SHRINK
         divide_widths(model.backbone)
         model.neck.in_channels = [width // SHRINK for width in model.neck.in_channels]
     else:
         divide_widths(model)
+    points = (model.get('decode_head') or {}).get('train_cfg') or {}
+    if 'num_points' in points:
+        points.num_points //= SHRINK ** 2
     return cfg
 
 
