@@ -137,6 +137,8 @@ def without_memory(model: nn.Module) -> Iterator[nn.Module]:
     def initial_gammas(columns):
         return lambda: [INITIAL_GAMMA] * (len(columns) - 1)
 
+    # If the first backward pass of a process is one without memory, autograd forbids every later one in a forked process.
+    torch.ones((), requires_grad=True).backward()
     with FakeTensorMode():
         shapes = {id(tensor): torch.empty(tensor.shape, dtype=tensor.dtype)
                   for tensor in (*model.parameters(), *model.buffers())}

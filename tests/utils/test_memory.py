@@ -2,6 +2,8 @@
 """The bytes of a step: counted without memory, they are those of a real step on the CPU, by torch's own accounts."""
 import copy
 import gc
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -12,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revcol_mm.models import RevCol, RevColViT
 from revcol_mm.utils.memory import LiveBytes, count_step, without_memory
-from tests.common import live_bytes, mostly_slow, small_arch
+from tests.common import ROOT, live_bytes, mostly_slow, small_arch
 
 WAYS = dict(plain={}, checkpointed=dict(with_cp=True), reversible=dict(reversible=True),
             stored=dict(reversible=True, stored_columns=2))
@@ -116,6 +118,25 @@ def test_a_tensor_of_a_parameters_shape_counts_and_a_view_does_not():
     step = count_step(linear, x, forward=lambda x: linear(x).view(-1)[:4].exp())
     assert step.kept == 4 * 4  # the four exponentials; the product is used up, and x and the weight do not count
     assert step.peak >= 16 * 16 * 4
+
+
+def test_processes_can_be_forked_after_counting():
+    code = """if True:
+        import os
+        import torch
+        from revcol_mm.models import RevCol
+        from revcol_mm.utils.memory import count_step, without_memory
+        with torch.device('meta'):
+            net = RevCol(dict(channels=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=1))
+        with without_memory(net) as counted:
+            count_step(counted, torch.empty(1, 3, 32, 32))
+        child = os.fork()
+        if not child:
+            torch.ones((), requires_grad=True).backward()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_counting_changes_neither_the_model_nor_the_engine():
