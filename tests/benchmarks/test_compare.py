@@ -27,6 +27,17 @@ def test_the_arms_have_equal_flops_and_about_equal_parameters(compare):
         assert own_params == pytest.approx(params, rel=0.08), name
 
 
+def test_the_table_of_the_documentation_is_that_of_the_finished_trainings(compare, tmp_path):
+    costs = {name: (0, 0) for name in compare.ARMS}
+    text = compare.table(compare.Comparison(ROOT / 'benchmarks/results/compare.json', tmp_path), costs)
+    page = (ROOT / 'docs/comparison.md').read_text()
+    rows = [line.split(' | ') for line in text.splitlines() if line.startswith('| ')]
+    shown = [line.split(' | ') for line in page.splitlines() if line.startswith('| ')]
+    assert [row[:1] + row[3:] for row in shown] == [row[:1] + row[3:] for row in rows]  # all but parameters and FLOPs
+    for line in text.splitlines():
+        assert not line.startswith('Chosen') or line in page
+
+
 @pytest.fixture
 def trainings(compare, monkeypatch):
     """Trainings that take no time: (arm, task, data, factor, load_from) of each, with metrics that name the best factor."""
