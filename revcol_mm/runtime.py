@@ -12,6 +12,7 @@ copy the file, or run it by its path::
 """
 import argparse
 import glob
+import io
 import json
 import os
 import sys
@@ -437,10 +438,9 @@ def _predict_all(model: Model, paths: Sequence[str], args: argparse.Namespace) -
             pixels = read_image(path)
             result, files = model.predict(pixels), {}
             if not args.no_pictures:
-                files['vis'] = _encode(draw(model, pixels, result, args.score_thr), '.jpg')
+                files['vis'] = encode_picture(draw(model, pixels, result, args.score_thr))
             if model.task == 'segmentation':
-                labels = result['labels']
-                files['maps'] = _encode(labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16), '.png')
+                files['maps'] = encode_map(result['labels'])
             entries = [dict(entry, image_id=number) for entry in coco_results(model, result)]
         except Exception as error:  # of this image, or of memory; onnxruntime's have no base class of their own
             print(f'left out: {path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}', file=sys.stderr)
@@ -477,20 +477,32 @@ def _output_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _encode(pixels: np.ndarray, extension: str) -> bytes:
-    """The bytes of an image file: a picture (H, W, 3) as JPEG, a label map (H, W) as PNG."""
-    import io
-    if Image is None:
-        done, encoded = cv2.imencode(extension, pixels)
+def encode_picture(pixels: np.ndarray) -> bytes:
+    """The bytes of a JPEG file of a picture, (H, W, 3) RGB uint8.
+
+    Raises:
+        ValueError: if the picture is too large for the format, which ends at 65,500 pixels.
+    """
+    return _encode(pixels, 'JPEG', quality=95)
+
+
+def encode_map(labels: np.ndarray) -> bytes:
+    """The bytes of a PNG file of a label map, (H, W) integers, with 8 bits, or 16 if labels above 255 need them."""
+    return _encode(labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16), 'PNG')
+
+
+def _encode(pixels: np.ndarray, kind: str, **options: int) -> bytes:
+    size = f'{pixels.shape[1]}×{pixels.shape[0]}'
+    if Image is None:  # label maps alone, because drawing needs Pillow
+        done, encoded = cv2.imencode(f'.{kind.lower()}', pixels)
         if not done:
-            raise ValueError(f'an image of {pixels.shape[1]}×{pixels.shape[0]} cannot be written as {extension}')
+            raise ValueError(f'an image of {size} cannot be written as {kind}')
         return encoded.tobytes()
     buffer = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(buffer, **(dict(format='PNG') if extension == '.png' else dict(format='JPEG', quality=95)))
-    except OSError as error:  # JPEG ends at 65,500 pixels
-        raise ValueError(f'its picture of {pixels.shape[1]}×{pixels.shape[0]} cannot be written as {extension} ({error}): '
-                         'add --no-pictures') from None
+        Image.fromarray(pixels).save(buffer, format=kind, **options)
+    except OSError as error:
+        raise ValueError(f'its picture of {size} cannot be written as {kind} ({error}): add --no-pictures') from None
     return buffer.getvalue()
 
 

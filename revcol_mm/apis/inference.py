@@ -6,7 +6,6 @@ categories, and ``predictions.json`` the results, so that ``COCO('images.json').
 """
 import copy
 import glob
-import io
 import json
 import os
 import os.path as osp
@@ -34,7 +33,7 @@ from ..checkpoint.loading import check_weights, find_differences, find_meta, fin
 from ..checkpoint.safe import some
 from ..checkpoint.zoo import find_address
 from ..converters import todays_checkpoint
-from ..runtime import EXTENSIONS, TOP
+from ..runtime import EXTENSIONS, TOP, encode_map, encode_picture
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
 from .checks.common import class_of, settings_of_leaves
 from .checks.model import check_heads, check_sliding_window
@@ -460,9 +459,9 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
             results, labels, picture = predict_image(inferencer, path, image, draw, score_thr)
             contents = {}
             if picture is not None:
-                contents[vis[path]] = _encode(np.ascontiguousarray(picture[..., ::-1]), 'JPEG')
+                contents[vis[path]] = encode_picture(np.ascontiguousarray(picture[..., ::-1]))
             if labels is not None:
-                contents[maps[path]] = _encode(labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16), 'PNG')
+                contents[maps[path]] = encode_map(labels)
         except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError, cv2.error) as error:  # its fault, or memory's
             summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
@@ -484,18 +483,3 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
             stack.enter_context(write_whole(files[name])).write(json.dumps(contents).encode())
     summary.images, summary.results = len(images), len(predictions)
     return summary
-
-
-def _encode(pixels: np.ndarray, kind: str) -> bytes:
-    """The bytes of a 'JPEG' or 'PNG' file.
-
-    Raises:
-        ValueError: if the format has no images of this size: JPEG ends at 65,500 pixels.
-    """
-    buffer = io.BytesIO()
-    try:
-        Image.fromarray(pixels).save(buffer, format=kind, **(dict(quality=95) if kind == 'JPEG' else {}))
-    except OSError as error:
-        raise ValueError(f'its picture of {pixels.shape[1]}×{pixels.shape[0]} cannot be written as {kind} ({error}): '
-                         'add --no-pictures') from None
-    return buffer.getvalue()

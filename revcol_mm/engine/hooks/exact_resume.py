@@ -145,13 +145,13 @@ class ExactResumeHook(Hook):
             return
         sizes = [(settings['batch_size'] or 1) * settings['processes'] for settings in (before, now)]
         factor = sizes[1] / sizes[0] if (runner.cfg.get('auto_scale_lr') or {}).get('enable') else 1.
-        for group in wrapper.param_groups:
-            for key in {'lr', 'initial_lr'} & set(group):
-                group[key] *= factor
-        for scheduler in (scheduler for scheduler in schedulers if scheduler.param_name == 'lr'):
-            scheduler.base_values = [value * factor for value in scheduler.base_values]
-            scheduler._last_value = [value * factor for value in scheduler._last_value]
         if factor != 1:
+            for group in wrapper.param_groups:
+                for key in {'lr', 'initial_lr'} & set(group):
+                    group[key] *= factor
+            for scheduler in (scheduler for scheduler in schedulers if scheduler.param_name == 'lr'):
+                scheduler.base_values = [value * factor for value in scheduler.base_values]
+                scheduler._last_value = [value * factor for value in scheduler._last_value]
             runner.logger.warning(f'the learning rate is {factor:g} times that of the checkpoint, as auto_scale_lr wants it')
         if not self.by_epoch or all(scheduler.by_epoch for scheduler in schedulers):
             return
