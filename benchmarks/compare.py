@@ -100,11 +100,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 _read = functools.cache(Config.fromfile)
+_reading = threading.Lock()  # reading a config imports modules, and two threads that import the same ones disturb each other
 
 
 def config_of(arm: Arm, task: str) -> Config:
     """The demo's config with this arm's backbone in place of its own."""
-    cfg = copy.deepcopy(_read(TASKS[task].config))
+    with _reading:
+        cfg = copy.deepcopy(_read(TASKS[task].config))
     backbone, channels = arm.backbone(), list(arm.channels)
     cfg.custom_imports.imports = [*cfg.custom_imports.imports, 'mmpretrain.models']
     if task == PRETRAINING:

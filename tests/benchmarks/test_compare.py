@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mmengine.config import Config
@@ -36,6 +38,22 @@ def test_the_table_of_the_documentation_is_that_of_the_finished_trainings(compar
     assert [row[:1] + row[3:] for row in shown] == [row[:1] + row[3:] for row in rows]  # all but parameters and FLOPs
     for line in text.splitlines():
         assert not line.startswith('Chosen') or line in page
+
+
+def test_configs_are_read_one_at_a_time(compare, monkeypatch):
+    read, entered, together = compare._read, [], []
+
+    def slowly(path):
+        entered.append(path)
+        time.sleep(0.05)
+        together.append(len(entered))
+        entered.remove(path)
+        return read(path)
+
+    monkeypatch.setattr(compare, '_read', slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compare.config_of, [compare.ARMS['RevCol'], compare.ARMS['ConvNeXt']], ['detection', 'segmentation']))
+    assert together == [1, 1]
 
 
 @pytest.fixture
