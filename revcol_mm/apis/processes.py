@@ -2,6 +2,7 @@
 """Finds the process of a distributed run that does not answer."""
 import contextlib
 import re
+import time
 from datetime import timedelta
 from typing import Iterator
 
@@ -45,14 +46,15 @@ def name_lost_processes() -> Iterator[None]:
 def _find_lost(group: distributed.ProcessGroup) -> str | None:
     """Finds the ranks that do not answer; None if all that are missing have ended.
 
-    Rank 0 waits for the other ranks. They wait longer for rank 0, so a timeout there means that rank 0 does not answer.
+    Rank 0 waits for the other ranks. They wait longer for rank 0, so a timeout there means that rank 0 does not answer. Ranks
+    that are reported missing before the time is over have closed their connection: they have ended.
     """
-    rank = distributed.get_rank()
+    rank, start = distributed.get_rank(), time.monotonic()
     try:  # the time is rank 0's; the others take that of the group
         distributed.monitored_barrier(group, timedelta(seconds=SECONDS), wait_all_ranks=True)
     except RuntimeError as error:
         if rank:
             return '0' if 'Timed out' in str(error) else None
         found = re.search(r'Ranks? ([\d, ]+) failed', str(error))
-        return found[1] if found else None
+        return found[1] if found and time.monotonic() - start >= SECONDS else None
     return None

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from revcol_mm.apis.errors import LaunchError
 FORK = multiprocessing.get_context('fork')  # they have everything imported
 
 
-def meet(rank, port, victim, number, answers):
-    """One of three processes. The victim sends itself a signal; the others report what they are told."""
+def meet(rank, port, victim, number, late, answers):
+    """One of three processes. The victim sends itself a signal; the others report what they are told.
+
+    A late signal comes when the others have seen an error already, and ask who is missing.
+    """
     processes.SECONDS = 2
     os.environ.update(RANK=str(rank), WORLD_SIZE='3', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     cpu._init_gloo('pytorch', timeout=3)
@@ -24,7 +28,10 @@ def meet(rank, port, victim, number, answers):
         with processes.name_lost_processes():
             torch.distributed.barrier()
             if rank == victim:
+                time.sleep(late)
                 os.kill(os.getpid(), number)
+            if late:
+                raise RuntimeError('gloo: connection closed')
             torch.distributed.all_reduce(torch.ones(1))
     except LaunchError as error:
         answers.put((rank, str(error)))
@@ -33,9 +40,9 @@ def meet(rank, port, victim, number, answers):
     os._exit(0)
 
 
-def answers_of_the_others(victim, number):
+def answers_of_the_others(victim, number, late=0.):
     port, answers = free_port(), FORK.Queue()
-    started = [FORK.Process(target=meet, args=(rank, port, victim, number, answers)) for rank in range(3)]
+    started = [FORK.Process(target=meet, args=(rank, port, victim, number, late, answers)) for rank in range(3)]
     for process in started:
         process.start()
     try:
@@ -58,8 +65,9 @@ def test_a_stopped_first_process_is_named_by_all():
         assert text.startswith('no answer from rank 0')
 
 
-def test_of_a_killed_process_the_others_say_that_it_has_ended():
-    for text in answers_of_the_others(1, signal.SIGKILL).values():
+@pytest.mark.parametrize('late', [0., 0.5])
+def test_of_a_killed_process_the_others_say_that_it_has_ended(late):
+    for text in answers_of_the_others(1, signal.SIGKILL, late).values():
         assert text.startswith('another process of this run has ended')
 
 
