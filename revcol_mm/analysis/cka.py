@@ -12,10 +12,13 @@ zeros on the diagonal, and n images in a block::
     HSIC(K, L) = [ tr(K̃·L̃) + 1ᵀK̃1·1ᵀL̃1 / ((n-1)(n-2)) − 2/(n-2)·1ᵀK̃·L̃1 ] / (n(n-3))
 
 This is also ⟨U(K), U(L)⟩ / (n(n-3)), where U centres a matrix (:func:`u_center`). So one matrix product gives all pairs of
-features. Only sums over blocks and the features of one block are kept, however many images there are.
+features. U is a projection, so that a single class with the labels l, whose Gram matrix is l·lᵀ, needs only lᵀ·U(K)·l. Only
+sums over blocks and the features of one block are kept, however many images there are.
 """
+import copy
 import math
 import os.path as osp
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Iterable, Mapping, Sequence
 
@@ -29,8 +32,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from ..apis.checks.common import name_of, settings_of_leaves
+from ..apis.checks.settings import put_classes_right
 from ..apis.errors import LaunchError
 from ..apis.inference import with_test_set
+from ..checkpoint.safe import some
 from .features import record_features
 
 #: Fewest images of a block for which the estimator exists.
@@ -56,11 +61,20 @@ def u_center(gram: Tensor) -> Tensor:
     return centred - centred.diag().diag()
 
 
+def squares_alone(vectors: Tensor) -> Tensor:
+    """⟨U(l·lᵀ), U(l·lᵀ)⟩ of each column l of (n, C), by the formula of HSIC, which is exactly 0 for one without variation."""
+    n, squares = len(vectors), vectors.square()
+    rows, fourths = vectors * (vectors.sum(0) - vectors), squares.square().sum(0)
+    trace, total = squares.sum(0).square() - fourths, vectors.sum(0).square() - squares.sum(0)
+    return trace + total.square() / ((n - 1) * (n - 2)) - 2 * rows.square().sum(0) / (n - 2)
+
+
 class MinibatchCKA:
     """Gathers features batch by batch, whatever the size of the batches.
 
     Args:
         block (int): images of a block, the n of the estimator.
+        alone (str | None): name of a set, (N, C), whose C numbers are also compared one by one. Default: None.
 
     Attributes:
         blocks (int): number of blocks so far.
@@ -69,13 +83,17 @@ class MinibatchCKA:
         ValueError: if ``block`` is smaller than 4.
     """
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, block: int, alone: str | None = None) -> None:
         if not isinstance(block, int) or block < MIN_BLOCK:
             raise ValueError(f'block must be an integer of at least {MIN_BLOCK}, because the estimator of HSIC needs as many '
                              f'images, but got {block!r}')
-        self.block, self.blocks = block, 0
+        self.block, self.blocks, self.alone = block, 0, alone
         self._waiting: dict = {}
-        self._products: Tensor | None = None  # sums of HSIC over the blocks, without its factor 1/(n(n-3))
+        # Sums of HSIC over the blocks, without its factor 1/(n(n-3)): of the sets with each other; of the numbers that stand
+        # alone with each set, (sets, C), and with themselves, (C, ).
+        self._products: Tensor | float = 0.
+        self._products_alone: Tensor | float = 0.
+        self._squares_alone: Tensor | float = 0.
 
     def add(self, batch: Mapping[object, Tensor]) -> None:
         """Takes a batch of every set of features: {name: (N, …)}, always with the same names.
@@ -85,29 +103,53 @@ class MinibatchCKA:
         for name, features in batch.items():
             self._waiting.setdefault(name, []).append(features.detach().to('cpu', torch.float32))
         while sum(map(len, next(iter(self._waiting.values())))) >= self.block:
-            centred = []
+            centred, vectors = [], None
             for name, parts in self._waiting.items():
                 features = torch.cat(parts)
-                centred.append(u_center(gram(features[:self.block].to(batch[name].device))).flatten().cpu())
+                centred.append(u_center(gram(features[:self.block].to(batch[name].device))).cpu())
                 self._waiting[name] = [features[self.block:].clone()]
-            centred = torch.stack(centred)
-            products = centred @ centred.T
-            self._products = products if self._products is None else self._products + products
+                if name == self.alone:
+                    vectors = (features[:self.block] - features[0]).double()
+            if vectors is not None:
+                self._products_alone += torch.stack([(vectors * (matrix @ vectors)).sum(0) for matrix in centred])
+                self._squares_alone += squares_alone(vectors)
+            flat = torch.stack(centred).flatten(1)
+            self._products += flat @ flat.T
             self.blocks += 1
 
     def similarities(self) -> dict[tuple, float]:
-        """CKA of every pair of names. It is nan where a set has no variation, such as a class without images.
+        """CKA of every pair of names. It is nan where a set has no variation.
 
         Raises:
             ValueError: if no block was complete.
         """
-        if self._products is None:
-            raise ValueError(f'there must be at least one block of {self.block} images, but there are fewer')
+        self._check_blocks()
         scale = self._products.diag().clamp_min(0).sqrt()
-        values = self._products / scale[:, None] / scale
-        values[(scale == 0)[:, None] | (scale == 0)] = torch.nan
+        values = _divide(self._products, scale, scale)
         names = list(self._waiting)
         return {(a, b): value for a, row in zip(names, values.tolist()) for b, value in zip(names, row)}
+
+    def similarities_alone(self) -> dict[object, Tensor]:
+        """{name: CKA with each number of the set ``alone``, (C, )}, nan without variation, such as for a class without images.
+
+        Raises:
+            ValueError: if no block was complete.
+        """
+        self._check_blocks()
+        values = _divide(self._products_alone, self._products.diag().clamp_min(0).sqrt(),
+                         self._squares_alone.clamp_min(0).sqrt())
+        return dict(zip(self._waiting, values))
+
+    def _check_blocks(self) -> None:
+        if not self.blocks:
+            raise ValueError(f'there must be at least one block of {self.block} images, but there are fewer')
+
+
+def _divide(products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The products over both scales, nan where one of them is 0."""
+    values = products / rows[:, None] / columns
+    values[(rows == 0)[:, None] | (columns == 0)] = torch.nan
+    return values
 
 
 # Images and labels -----------------------------------------------------------------------------------------------------------
@@ -139,6 +181,15 @@ class LabelledImages(Dataset):
                              f'{index} has none')
         return dict(inputs=sample['inputs'], data_samples=sample['data_samples'],
                     labels=torch.bincount(labels, minlength=len(self.classes)).float() / self._per(labels))
+
+    def check(self) -> None:
+        """Raises ValueError if the first image has no labels, or if no image has a box of the classes."""
+        if len(self):
+            self[0]
+            if self.scope == 'mmdet' and not any(self.dataset.get_data_info(index).get('instances')
+                                                   for index in range(len(self))):
+                raise ValueError(f'{name_of(self.dataset)} must have boxes of its classes ({some(self.classes)}), but none of '
+                                 'its images has one')
 
     def _per(self, labels: Tensor) -> int:
         return max(len(labels), 1) if self.scope == 'mmseg' else 1
@@ -173,6 +224,9 @@ def find_images(cfg: Config, names: Sequence[str]) -> ConcatDataset:
         FileNotFoundError: if a file of a data set is missing.
         LaunchError: for a name that is neither, for a data set without labels, and for different classes.
     """
+    cfg = copy.deepcopy(cfg)
+    for name in ('train', 'val', 'test'):
+        put_classes_right(cfg.get(f'{name}_dataloader'), f'{name}_dataloader')
     test = with_test_set(cfg).test_dataloader.dataset
     sets: list[LabelledImages] = []
     for name in names:
@@ -188,8 +242,7 @@ def find_images(cfg: Config, names: Sequence[str]) -> ConcatDataset:
                 with DefaultScope.overwrite_default_scope(cfg.default_scope):
                     dataset = DATASETS.build(dict(settings, pipeline=test.pipeline, test_mode=True))
                 sets.append(LabelledImages(dataset, cfg.default_scope))
-                if len(dataset):
-                    sets[-1][0]
+                sets[-1].check()
             except FileNotFoundError:
                 raise
             except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -207,7 +260,7 @@ class Similarities:
     Attributes:
         images: with the images as the network gets them.
         labels: with the labels of all classes.
-        classes: with each class alone, by name.
+        classes: with each class alone, by name; a name that several classes have is followed by the class's number.
         between: {((column, level), (column, level)): CKA of the two}.
         block, blocks, dropped: images in a block, number of blocks, and images of the incomplete last block.
     """
@@ -254,13 +307,13 @@ def measure(inferencer, images: ConcatDataset, block: int = 256, batch: int = 32
         Similarities: of all complete blocks.
 
     Raises:
-        ValueError: for fewer than 4 images, a smaller block, or images of different sizes.
+        ValueError: for fewer than 4 images, a smaller block, images of different sizes, or labels that are the same everywhere.
     """
     model, number = inferencer.model, len(images)
     if number < MIN_BLOCK:
         raise ValueError(f'there must be at least {MIN_BLOCK} images, but there are {number}')
     block = min(block, number)
-    cka, classes, size = MinibatchCKA(block), images.datasets[0].classes, None
+    cka, classes, size = MinibatchCKA(block, alone='labels'), images.datasets[0].classes, None
     order = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
     loader = DataLoader(Subset(images, order[:number // block * block]), batch, num_workers=workers, collate_fn=pseudo_collate)
     for data in progress(loader):
@@ -276,14 +329,19 @@ def measure(inferencer, images: ConcatDataset, block: int = 256, batch: int = 32
         inputs = model.data_preprocessor(data, False)['inputs']
         with torch.no_grad(), record_features(model.backbone) as features:
             model.backbone(inputs)
-        cka.add({**features, 'images': inputs, 'labels': labels,
-                 **{('class', name): labels[:, index:index + 1] for index, name in enumerate(classes)}})
-    values = cka.similarities()
+        cka.add({**features, 'images': inputs, 'labels': labels})
+    values, alone = cka.similarities(), cka.similarities_alone()
+    if math.isnan(values['labels', 'labels']):
+        raise ValueError(f'the labels must differ between the images, but all {block * cka.blocks} images have the same ones: '
+                         'check the classes and the annotations of the data set')
     columns, levels = range(model.backbone.num_columns), range(len(model.backbone.depths))
 
-    def grid(name) -> np.ndarray:
-        return np.array([[values[(column, level), name] for column in columns] for level in levels])
+    def grid(value_of: Callable) -> np.ndarray:
+        return np.array([[value_of((column, level)) for column in columns] for level in levels])
 
+    of_classes, seen = grid(lambda place: alone[place].tolist()), Counter(classes)
+    names = [f'{name} ({label})' if seen[name] > 1 else name for label, name in enumerate(classes)]
     places = [(column, level) for column in columns for level in levels]
-    return Similarities(grid('images'), grid('labels'), {name: grid(('class', name)) for name in classes},
+    return Similarities(grid(lambda place: values[place, 'images']), grid(lambda place: values[place, 'labels']),
+                        {name: of_classes[..., label] for label, name in enumerate(names)},
                         {(a, b): values[a, b] for a in places for b in places}, block, cka.blocks, number - block * cka.blocks)

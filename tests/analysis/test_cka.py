@@ -49,6 +49,26 @@ def test_the_similarities_are_those_of_the_plain_formula_whatever_the_batch(feat
     assert 0.1 < found['x', 'y'] < 0.95
 
 
+def test_numbers_that_stand_alone_are_compared_as_sets_of_one_number(features):
+    labels = torch.cat([features['y'], torch.eye(10)[torch.arange(100) % 10]], 1)
+    cka = MinibatchCKA(25, alone='labels')
+    for part in torch.arange(100).split(7):
+        cka.add(dict(x=features['x'][part], labels=labels[part]))
+    found = cka.similarities_alone()
+    for name, other in dict(x=features['x'], labels=labels).items():
+        expected = [plain_cka(other, labels[:, index:index + 1], 25) for index in range(labels.shape[1])]
+        assert found[name].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_number_that_is_the_same_everywhere_or_differs_in_one_image_only_has_no_similarity_alone():
+    cka = MinibatchCKA(10, alone='labels')
+    for _ in range(3):
+        single, first = torch.zeros(10), torch.zeros(10)
+        single[4], first[0] = 0.3, 1.
+        cka.add(dict(x=torch.randn(10, 5), labels=torch.stack([single, first, torch.full((10, ), 0.1), torch.randn(10)], 1)))
+    assert cka.similarities_alone()['x'].isnan().tolist() == [True, True, True, False]
+
+
 def test_a_set_is_like_itself_like_its_rotation_and_like_its_multiple(features):
     x = features['x'].flatten(1)
     rotation = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], dtype=torch.float64))[0]
