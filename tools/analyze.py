@@ -43,8 +43,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     maps.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
     maps.add_argument('--class', dest='label', metavar='N', help='name or number of the class; default: the predicted one')
-    maps.add_argument('--target', choices=['box', 'mask', 'pixel'], help="score that is explained: a detection's, the mean "
-                      "logit of its mask, or a segmentor's mean logit of the class; default: box or pixel")
+    maps.add_argument('--target', choices=['box', 'mask', 'pixel'], help='what is explained: box, the score of a detection; '
+                      "mask, the mean logit of its mask; pixel, a segmentor's mean logit of the class. Default: box or pixel")
     maps.add_argument('--box', type=float, nargs=4, metavar=('X1', 'Y1', 'X2', 'Y2'),
                       help='explain the detection that overlaps this box most; default: that with the highest score')
 
@@ -101,13 +101,13 @@ def run_layercam(args: argparse.Namespace, cfg) -> None:
         try:
             read_image(path)
             result = layercam.explain(inferencer, path, label, args.box, args.target)
+            name = classes[result.label] if classes else result.label
+            os.makedirs(osp.dirname(output), exist_ok=True)
+            draw_heat_maps(output, result, f'{osp.basename(path)}: class {name}, score {result.score:.3g}')
         except (ValueError, RuntimeError, OSError, ArithmeticError, cv2.error) as error:  # this image's fault, or memory's
             print(f'left out: {path}: {(str(error).strip() or type(error).__name__).splitlines()[0]}', file=sys.stderr)
             left_out += 1
             continue
-        name = classes[result.label] if classes else result.label
-        os.makedirs(osp.dirname(output), exist_ok=True)
-        draw_heat_maps(output, result, f'{osp.basename(path)}: class {name}, score {result.score:.3g}')
         print(f'{path}: class {name}, score {result.score:.3g}: {output}')
     if left_out:
         sys.exit(SOME_LEFT_OUT if left_out < len(paths) else 1)

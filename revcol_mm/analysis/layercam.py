@@ -6,8 +6,11 @@ the rectified sum over the channels::
 
     M[i, j] = ReLU( Σ_k ReLU(∂score / ∂A_k[i, j]) · A_k[i, j] )
 """
+import importlib
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Sequence
+from types import SimpleNamespace
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -118,7 +121,7 @@ def explain(inferencer, path: str, label: int | None = None, box: Sequence[float
     for (column, level), feature in features.items():
         if gradients[column, level] is not None:
             heat = layercam(feature.detach(), gradients[column, level], 1 if feature.dim() == 4 else 2)
-            maps[level, column] = _to_pixels(heat, model.backbone, images, pixels)
+            maps[level, column] = _to_pixels(heat, level, model.backbone, images, pixels)
     if found is not None:
         found = tuple((found * found.new_tensor(samples[0].scale_factor).repeat(2)).tolist())
     return HeatMaps(_to_picture(pixels), maps, label, score.item(), found)
@@ -149,7 +152,8 @@ def _detector_score(model: nn.Module, images: Tensor, samples: list, label: int 
     handles = [head.register_forward_hook(lambda module, args, output: masks.append(
         output if isinstance(output, Tensor) else output[0])) for head in _mask_heads(model)] if target == 'mask' else []
     try:
-        instances = model.predict(images, samples, rescale=True)[0].pred_instances
+        with _differentiable_soft_nms():
+            instances = model.predict(images, samples, rescale=True)[0].pred_instances
     finally:
         for handle in handles:
             handle.remove()
@@ -171,6 +175,24 @@ def _detector_score(model: nn.Module, images: Tensor, samples: list, label: int 
     return score, label, instances.bboxes[best].detach()
 
 
+@contextmanager
+def _differentiable_soft_nms() -> Iterator[None]:
+    """Gives mmcv's soft-NMS, which has no backward pass, that of its product: a score times a constant for its overlaps."""
+    nms = importlib.import_module('mmcv.ops.nms')  # mmcv.ops.nms itself is the function
+    original = nms.SoftNMSop
+
+    def apply(boxes: Tensor, scores: Tensor, *args) -> tuple[Tensor, Tensor]:
+        dets, kept = original.apply(boxes.detach(), scores.detach(), *args)
+        dets, score = dets[:len(kept)], scores[kept]
+        return torch.cat([dets[:, :4], (score * (dets[:, 4] / score.detach()))[:, None]], 1), kept
+
+    nms.SoftNMSop = SimpleNamespace(apply=apply)
+    try:
+        yield
+    finally:
+        nms.SoftNMSop = original
+
+
 def _mask_heads(model: nn.Module) -> list[nn.Module]:
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     return [module for module in model.modules() if isinstance(module, FCNMaskHead)]
@@ -182,18 +204,27 @@ def _check_label(label: int, number: int) -> int:
     return label
 
 
-def _to_pixels(heat: Tensor, backbone: nn.Module, images: Tensor, pixels: Tensor) -> np.ndarray:
-    """Scales a map to the size of the network's input, cuts the padding off, and divides by the largest value."""
+def _to_pixels(heat: Tensor, level: int, backbone: nn.Module, images: Tensor, pixels: Tensor) -> np.ndarray:
+    """Lays a map over the pixels that its positions stand for, cuts the padding off, and divides by the largest value.
+
+    The pixels that a strided convolution drops at the right and bottom edge have the value 0.
+    """
+    size = images.shape[-2:]
+    stride = 4 * 2**level
     if heat.dim() == 2:  # tokens of patches
-        heat = heat.view(1, *(-(-length // backbone.patch_size) for length in images.shape[-2:]))
-    heat = F.interpolate(heat[None], size=images.shape[-2:], mode='bilinear', align_corners=False)[0, 0]
+        stride = backbone.patch_size
+        heat = heat.view(1, *(-(-length // stride) for length in size))
+    heat = F.interpolate(heat[None], scale_factor=stride, mode='bilinear', align_corners=False)[0, 0]
+    heat = F.pad(heat, [0, max(size[1] - heat.shape[1], 0), 0, max(size[0] - heat.shape[0], 0)])
     heat = heat[:pixels.shape[-2], :pixels.shape[-1]]
     return (heat / heat.max().clamp_min(torch.finfo(heat.dtype).tiny)).cpu().numpy()
 
 
 def _to_picture(pixels: Tensor) -> np.ndarray:
-    pixels = pixels.flip(0).permute(1, 2, 0).cpu()
-    if pixels.dtype != torch.uint8:  # a pipeline that normalises by itself
-        pixels = pixels - pixels.min()
+    """The three channels as colours, or the first of another number of them as grey."""
+    pixels = pixels.flip(0) if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
+    pixels = pixels.permute(1, 2, 0).cpu()
+    if pixels.dtype != torch.uint8:  # 16 bits, or a pipeline that normalises by itself
+        pixels = pixels.float() - pixels.float().min()
         pixels = (255 * pixels / pixels.max().clamp_min(1e-6)).to(torch.uint8)
     return pixels.numpy()

@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The memory that a backbone needs in training against its number of columns (figure 4)."""
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
@@ -32,7 +33,9 @@ class ColumnBytes:
 def with_columns(cfg: Config, columns: int) -> Config:
     """A copy of a config whose backbone has another number of columns of the same size."""
     cfg = copy.deepcopy(cfg)
-    cfg.model.backbone.arch = dict(column_network(cfg).read_arch(cfg.model.backbone.arch), num_columns=columns)
+    kind = column_network(cfg)
+    arch = cfg.model.backbone.get('arch', inspect.signature(kind).parameters['arch'].default)
+    cfg.model.backbone.arch = dict(kind.read_arch(arch), num_columns=columns)
     return cfg
 
 

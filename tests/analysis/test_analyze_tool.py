@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.structures import DataSample
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
-from revcol_mm.analysis import layercam
+from revcol_mm.analysis import cka, layercam, memory
 from revcol_mm.analysis.features import build_analysed
 from revcol_mm.apis.config import load_config
+from revcol_mm.apis.errors import LaunchError
 from revcol_mm.apis.inference import predict_image, read_image
 from revcol_mm.datasets import make_digits
+from revcol_mm.models import RevCol
 from revcol_mm.utils.memory import count_step
 from tests.common import CONFIGS, load_tool, mostly_slow
 from tests.export.demo import spread_scores
@@ -21,8 +25,9 @@ from tests.export.demo import spread_scores
 analyze = load_tool('analyze')
 
 MODELS_OF = dict(cascade='cascade_rcnn_revcol_nano_digits', dino='dino_revcol_nano_digits', vit='mask_rcnn_revcol_vit_digits',
-                 upernet='upernet_revcol_nano_digits', mask2former='mask2former_revcol_nano_digits',
-                 classifier='revcol_nano_digits_cls', plain_classifier='revcol_nano_digits_pretrain')
+                 htc='htc_revcol_nano_digits', upernet='upernet_revcol_nano_digits',
+                 mask2former='mask2former_revcol_nano_digits', classifier='revcol_nano_digits_cls',
+                 plain_classifier='revcol_nano_digits_pretrain')
 
 
 def config_of(name: str) -> str:
@@ -153,8 +158,7 @@ def test_cka_writes_the_same_numbers_whatever_the_batch(here, tmp_path):
 
 @pytest.mark.parametrize('name', mostly_slow(['cascade', 'upernet', 'vit'], ['cascade', 'upernet']))
 def test_the_labels_of_a_detection_or_segmentation_set_are_counts_or_areas(here, name, tmp_path, capsys):
-    from revcol_mm.analysis.cka import find_images
-    images = find_images(read(name), ['val'])
+    images = cka.find_images(read(name), ['val'])
     number = int(images[0]['labels'].numel())
     truth = json.loads((here / 'data/digits/annotations/instances_val.json').read_text())
     for index, entry in enumerate(sorted(truth['images'], key=lambda entry: entry['file_name'])):
@@ -186,6 +190,13 @@ def test_memory_counts_what_a_step_of_the_backbone_keeps(here, tmp_path, capsys)
     two, four = found['bytes']
     assert four['plain'] > 1.8 * two['plain'] and four['reversible'] < 1.1 * two['reversible']
     assert f'{four["reversible"] / 2**20:.1f}' in capsys.readouterr().out
+
+
+def test_memory_takes_the_default_size_of_a_backbone_without_arch():
+    cfg = read('plain_classifier')
+    del cfg.model.backbone['arch']
+    arch = memory.with_columns(cfg, 2).model.backbone.arch
+    assert (arch.num_columns, tuple(arch.channels)) == (2, RevCol.ARCHS['base']['channels'])
 
 
 NO_COLUMNS = """
@@ -243,6 +254,30 @@ def test_images_without_labels_are_refused(here, tmp_path):
     assert 'must have labels' in sentence(*arguments, 'test', '--cfg-options', 'test_dataloader.dataset.with_label=False')
     assert 'DATA must be train, val or test' in sentence(*arguments, 'nowhere')
     assert not list((tmp_path / 'out').glob('*'))
+
+
+def test_a_detection_set_without_boxes_of_the_classes_is_refused(here):
+    cfg = read('cascade', {'test_dataloader.dataset.metainfo.classes': 'lion'})  # one class, not four letters
+    with pytest.raises(LaunchError, match=r'must have boxes of its classes \(lion\), but none of its images has one'):
+        cka.find_images(cfg, ['test'])
+    assert cfg.test_dataloader.dataset.metainfo.classes == 'lion'  # the config is not changed
+
+
+def test_labels_that_are_the_same_everywhere_are_refused_and_repeated_names_are_numbered(here):
+    inferencer = build_analysed(read('plain_classifier'), checkpoint_of(here, 'plain_classifier'), 'cpu')
+    image = dict(inputs=torch.zeros(3, 32, 32, dtype=torch.uint8), data_samples=DataSample())
+
+    def measure(labels):
+        images = ConcatDataset([[dict(image, labels=row, inputs=torch.full((3, 32, 32), 9 * index, dtype=torch.uint8))
+                                 for index, row in enumerate(labels)]])
+        images.datasets[0] = type('Images', (list, ), dict(classes=('crane', 'dog', 'crane')))(images.datasets[0])
+        return cka.measure(inferencer, images)
+
+    with pytest.raises(ValueError, match='the labels must differ between the images, but all 8 images have the same ones'):
+        measure(torch.eye(3)[[1] * 8])
+    result = measure(torch.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]])
+    assert list(result.classes) == ['crane (0)', 'dog', 'crane (2)']
+    assert not np.allclose(result.classes['crane (0)'], result.classes['crane (2)'])
 
 
 @pytest.mark.slow

@@ -2,13 +2,16 @@
 """LayerCAM: the formula on an ordinary net, and features that a score can be differentiated by."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.ops import batched_nms
 from torch import nn
 
+from revcol_mm.analysis import layercam as module
 from revcol_mm.analysis.features import record_features
-from revcol_mm.analysis.layercam import _segmentor_score, find_class, layercam
+from revcol_mm.analysis.layercam import _segmentor_score, _to_picture, _to_pixels, find_class, layercam
 from revcol_mm.models import RevCol, RevColC2f, RevColViT
 from tests.common import small_arch
 
@@ -131,3 +134,37 @@ def test_a_segmentor_with_one_channel_has_two_classes():
     for label, expected in ((None, (2 + 4 + 3) / 3), (1, (2 + 4 + 3) / 3), (0, 1.)):
         score, found, _ = _segmentor_score(Segmentor(), logits, SAMPLES, label, None, None)
         assert found == (1 if label is None else label) and score.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('size', [(75, 64), (32, 100)])
+def test_a_map_lies_over_the_pixels_that_its_positions_stand_for(size):
+    """A level whose map is 1 everywhere: 1 where its positions see the image, 0 where a strided convolution drops the rest."""
+    images = torch.zeros(1, 3, *size)
+    for level in range(4):
+        cells = [length // (4 * 2**level) for length in size]
+        found = _to_pixels(torch.ones(1, *cells), level, None, images, images[0])
+        seen = [count * 4 * 2**level for count in cells]
+        assert found.shape == size and found[:seen[0], :seen[1]].min() == 1
+        assert found[seen[0]:].max(initial=0) == 0 and found[:, seen[1]:].max(initial=0) == 0
+    tokens = torch.eye(5 * 7)[8].view(1, -1)  # 16 pixels each: row 1, column 1 of 5 × 7
+    found = _to_pixels(tokens, 0, SimpleNamespace(patch_size=16), torch.zeros(1, 3, 75, 100), torch.zeros(3, 75, 100))
+    assert (found > 0.9).nonzero()[0].mean() == (found > 0.9).nonzero()[1].mean() == 23.5
+
+
+@pytest.mark.parametrize('channels, dtype', [(3, torch.uint16), (1, torch.uint8), (4, torch.float32)])
+def test_the_picture_of_other_pixels_is_eight_bits(channels, dtype):
+    pixels = (1000 * torch.rand(channels, 5, 6) if dtype != torch.uint8 else 200 * torch.rand(channels, 5, 6)).to(dtype)
+    picture = _to_picture(pixels)
+    assert picture.shape == (5, 6, 3) and picture.dtype == np.uint8 and picture.max() > 100
+
+
+def test_soft_nms_passes_the_gradient_to_the_scores_and_keeps_their_values():
+    boxes = torch.tensor([[0., 0, 10, 10], [1, 0, 11, 10], [30, 30, 40, 40]])
+    scores = torch.tensor([0.9, 0.8, 0.7], requires_grad=True)
+    settings = dict(type='soft_nms', iou_threshold=0.3, min_score=0.01)
+    expected, kept = batched_nms(boxes, scores.detach(), torch.zeros(3), settings)
+    with module._differentiable_soft_nms():
+        found, again = batched_nms(boxes, scores, torch.zeros(3), settings)
+    assert torch.equal(kept, again) and torch.allclose(found, expected, rtol=1e-6, atol=0)
+    gradient, = torch.autograd.grad(found[:, 4].sum(), scores)
+    assert gradient[kept].tolist() == pytest.approx((expected[:, 4] / scores[kept]).tolist()) and gradient.min() < 0.5
