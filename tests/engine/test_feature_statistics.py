@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from revcol_mm.engine import FeatureStatisticsHook
-from revcol_mm.models import RevCol, RevColViT
+from revcol_mm.models import HRNetColumns, RevCol, RevColViT, RevNetConvNeXt
 
 ARCH = dict(channels=(4, 8, 8, 8), depths=(1, 1, 1, 1), num_columns=3)
 VIT = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=2, num_columns=2)
@@ -81,15 +81,31 @@ def test_the_numbers_are_those_of_the_features(tmp_path, kind, settings, reversi
         for level, feature in enumerate(features):
             if kind is RevColViT:
                 feature = feature.movedim(-1, 1)
-            found = {name: entry[f'features/column{index}/level{level}/{name}'] for name in ('std', 'max', 'dead')}
+            found = {name: entry[f'features/column{index}/level{level}/{name}'] for name in ('std', 'max', 'abs_max', 'dead')}
             assert found['std'] == pytest.approx(feature.double().std().item(), rel=1e-5)
-            assert found['max'] == pytest.approx(feature.abs().max().item(), rel=1e-6)
+            assert found['max'] == pytest.approx(feature.max().item(), rel=1e-6)
+            assert found['abs_max'] == pytest.approx(feature.abs().max().item(), rel=1e-6)
             dead = [len(feature[:, channel].unique()) == 1 for channel in range(feature.shape[1])]
             assert found['dead'] == pytest.approx(sum(dead) / len(dead))
     assert entry['features/column1/level0/gamma_min'] == pytest.approx(gamma.min().item())
     assert entry['features/column1/level0/gamma_max'] == pytest.approx(gamma.max().item())
     assert entry['features/column1/level1/gamma_min'] == pytest.approx(1e-3)
     assert 'features/column0/level0/gamma_min' not in entry  # the first column has no shortcut
+
+
+@pytest.mark.parametrize('kind, arch, columns', [
+    (HRNetColumns, ARCH, 3), (RevNetConvNeXt, dict(channels=(4, 8, 8, 8), depths=(1, 2, 1, 1)), 1)])
+def test_columns_without_a_shortcut_have_statistics_but_no_gamma(tmp_path, kind, arch, columns):
+    model, features = Model(kind, arch=arch), {}
+    for index, column in enumerate(model.backbone.columns):
+        column.register_forward_hook(lambda module, args, output, index=index: features.update({index: output}))
+    entry, = train(tmp_path, 'run', model, [dict(type='FeatureStatisticsHook', interval=1)], iterations=1)[0]
+    names = {name for name in entry if name.startswith('features/')}
+    assert names == {f'features/column{column}/level{level}/{name}' for column in range(columns) for level in range(4)
+                     for name in ('std', 'max', 'abs_max', 'dead')}
+    for index, levels in features.items():
+        assert [entry[f'features/column{index}/level{level}/max'] for level in range(4)] == pytest.approx(
+            [feature.max().item() for feature in levels])
 
 
 class Constant(nn.Module):

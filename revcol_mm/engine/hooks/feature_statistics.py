@@ -4,9 +4,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...reversible import ReversibleColumn, keep_invertible
+from ...models.backbones.base import ColumnStack
+from ...reversible import keep_invertible
 
 
 @HOOKS.register_module()
@@ -14,14 +15,16 @@ class FeatureStatisticsHook(Hook):
     """Writes statistics of the features of every column and level, and the range of γ, into the log and the vis backends.
 
     Every ``interval`` iterations it reads the features of this iteration's batch as they leave each column, before any output
-    norm, and reduces them to five numbers, which the JSON file, TensorBoard and all other vis backends get under
+    norm, and reduces them to six numbers, which the JSON file, TensorBoard and all other vis backends get under
     ``features/column{i}/level{l}/{name}``, with both counted from 0; the text log gets them as a table:
 
     - ``std``: standard deviation of all values,
-    - ``max``: largest absolute value,
+    - ``max``: largest value,
+    - ``abs_max``: largest absolute value,
     - ``dead``: share of the channels that have the same value in the whole batch, at all positions of all images,
     - ``gamma_min``, ``gamma_max``: smallest and largest γ of the shortcut as the column uses it, with its sign; the first
-      column has no shortcut.
+      column has no shortcut, nor have the columns of :class:`~revcol_mm.models.HRNetColumns`, and those of
+      :class:`~revcol_mm.models.RevNetConvNeXt` lie within the levels and are not reported.
 
     Features are not stored, and the gradients are bit for bit those without the hook, with and without ``reversible``. In
     training with several processes the numbers are those of the first one's part of the batch.
@@ -62,24 +65,25 @@ class FeatureStatisticsHook(Hook):
             self.statistics = {}
 
     @staticmethod
-    def _columns(runner) -> list[ReversibleColumn]:
+    def _columns(runner) -> list[nn.Module]:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        return [module for module in model.modules() if isinstance(module, ReversibleColumn)]
+        return [column for module in model.modules() if isinstance(module, ColumnStack) for column in module.columns]
 
     def _reader(self, index: int):
         """A hook of column ``index``."""
         @torch.no_grad()
-        def read(column: ReversibleColumn, args, features: tuple[Tensor, ...]) -> None:
+        def read(column: nn.Module, args, features: tuple[Tensor, ...]) -> None:
             if f'features/column{index}/level0/std' in self.statistics:  # with_cp runs a column again
                 return
-            for level, (feature, gamma) in enumerate(zip(features, column.gammas)):
+            gammas = getattr(column, 'gammas', None) or [None] * len(features)
+            for level, (feature, gamma) in enumerate(zip(features, gammas)):
                 feature = feature.detach()
                 channels = feature.transpose(0, 1) if feature.dim() == 4 else feature.transpose(0, -1)
                 channels = channels.flatten(1)  # (C, all positions of all images)
                 low, high = channels.amin(1).float(), channels.amax(1).float()
-                found = dict(std=feature.float().std(), max=torch.maximum(high.amax(), -low.amin()),
+                found = dict(std=feature.float().std(), max=high.amax(), abs_max=torch.maximum(high.amax(), -low.amin()),
                              dead=(low == high).float().mean())
-                if not column.first:
+                if gamma is not None and not column.first:
                     gamma = keep_invertible(gamma.detach()).float()
                     found.update(gamma_min=gamma.amin(), gamma_max=gamma.amax())
                 self.statistics.update({f'features/column{index}/level{level}/{name}': value for name, value in found.items()})
@@ -91,8 +95,8 @@ def _table(scalars: dict[str, float]) -> str:
     for key, value in scalars.items():
         _, column, level, name = key.split('/')
         rows.setdefault(f'{column:9} {level}', {})[name] = value
-    lines = ['statistics of the features of this batch:', f'{"":16} {"std":>9} {"max":>9} {"dead":>6}   γ']
+    lines = ['statistics of the features of this batch:', f'{"":16} {"std":>9} {"max":>9} {"abs max":>9} {"dead":>6}   γ']
     for place, row in rows.items():
         gamma = f'{row["gamma_min"]:.3g} … {row["gamma_max"]:.3g}' if 'gamma_min' in row else '–'
-        lines.append(f'{place:16} {row["std"]:9.3g} {row["max"]:9.3g} {row["dead"]:6.1%}   {gamma}')
+        lines.append(f'{place:16} {row["std"]:9.3g} {row["max"]:9.3g} {row["abs_max"]:9.3g} {row["dead"]:6.1%}   {gamma}')
     return '\n'.join(lines)
