@@ -86,8 +86,9 @@ def test_the_rule_chooses_the_configs_of_table_5():
     for columns, printed in {1: (28e6, 4.4e9), 8: (34e6, 4.7e9), 12: (33e6, 4.4e9), 20: (35e6, 4.2e9)}.items():
         found = []
         for c, *depths in itertools.product(range(16, 161, 8), *[range(1, 7)] * 4):
-            error = max(abs(value / target - 1) for value, target in zip(count(c, depths, columns), printed))
-            if error <= 0.03:
+            counted = count(c, depths, columns)
+            error = max(abs(value / target - 1) for value, target in zip(counted, printed))
+            if max(error, abs((counted[0] + 8 * c * 1001) / printed[0] - 1)) <= 0.03:  # with one classifier, too
                 found.append((sum(abs(a - b) for a, b in zip(depths, (2, 2, 4, 2))), error, c, depths))
         _, _, c, depths = min(found)
         row = table[f'revcol_4g5_col{columns}_in1k']

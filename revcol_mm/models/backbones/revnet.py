@@ -99,7 +99,7 @@ class RevNetConvNeXt(ColumnStack):
         TypeError, ValueError: if an argument, or the shape of the images, is of another kind. The message names it.
     """
 
-    ARCHS = {'tiny': dict(channels=(192, 384, 768, 1536), depths=(1, 2, 3, 2))}
+    ARCHS = {'tiny': dict(channels=(192, 384, 768, 1536), depths=(2, 1, 3, 2))}
     ALIASES = dict(t='tiny')
     ARCH_KEYS = dict(channels=4, depths=4)
 
