@@ -206,7 +206,7 @@ def drill_saving(folder: Path, kills: int, mmengine: bool = False) -> Tally:
     while tally.kills < kills:
         reached = max(last_iteration(work, mmengine), 0)
         pid = start(config, work, mmengine=mmengine)
-        if not wait(lambda: last_name(work) > reached or os.waitpid(pid, os.WNOHANG)[0], 60) or last_name(work) <= reached:
+        if not wait(lambda: last_name(work) > reached or os.waitpid(pid, os.WNOHANG)[0], 300) or last_name(work) <= reached:
             raise RuntimeError(f'no training: see {folder / "output.txt"}')
         time.sleep(random.uniform(0, 1))
         seen = last_name(work)
@@ -269,9 +269,12 @@ def drill_workers(folder: Path, kills: int, mmengine: bool = False) -> Tally:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
+    """A free port below those that systems give to whoever asks for any, so that nobody takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(('127.0.0.1', port))
+            return port
 
 
 def launch(config: Path, work_dir: Path, processes: int, *options: str, output: Path, **variables: Any) -> subprocess.Popen:
@@ -295,7 +298,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def drill_restarts(folder: Path, kills: int, *options: str) -> Tally:
-    tally, config, work, iterations = Tally(), write_config(folder), folder / 'work', 10 * (kills + 1)
+    tally, config, work, iterations = Tally(), write_config(folder), folder / 'work', 30 * (kills + 1)
     options = (*options, f'train_cfg.max_iters={iterations}')
     port = free_port()
     nodes = [launch(config, work, 1, *options, output=folder / f'node{rank}.txt', NNODES=2, NODE_RANK=rank, PORT=port,
@@ -307,7 +310,11 @@ def drill_restarts(folder: Path, kills: int, *options: str) -> Tally:
                 tally.count(False, f'no progress after iteration {reached}')
                 break
             time.sleep(random.uniform(0, 1))
-            victim, = children(random.choice(nodes).pid)
+            launcher = random.choice(nodes).pid
+            if not wait(lambda: len(children(launcher)) == 1, 60):  # it may just be starting its process again
+                tally.count(False, f'no process of its own after iteration {reached}')
+                break
+            victim, = children(launcher)
             before = last_name(work)
             os.kill(victim, signal.SIGKILL)
             survived = wait(lambda: last_name(work) > before + 1 or last_name(work) == iterations, 180)

@@ -63,12 +63,16 @@ def live_bytes(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tu
         tuple[int, int]: bytes held between the two passes, and at the peak. What lived before does not count.
     """
     gc.collect()  # what earlier tests have left would count as freed
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = forward()
-        gc.collect()
-        with record_function('between the passes'):
-            pass
-        backward(result)
+    gc.disable()  # and would decide when the collector runs
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = forward()
+            gc.collect()
+            with record_function('between the passes'):
+                pass
+            backward(result)
+    finally:
+        gc.enable()
     held = peak = between = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == '[memory]':

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import random
 import shutil
 import sysconfig
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Iterator
 from unittest import mock
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import DefaultScope
@@ -18,6 +21,10 @@ import revcol_mm  # noqa: F401 - mmengine's checkpoints load, whichever test run
 from .common import DATA
 
 LEFT_OUT = 'left out for want of a compiler'
+
+# Every run draws the same cases: a rare case that fails must not depend on the day.
+hypothesis.settings.register_profile('repeatable', derandomize=True)
+hypothesis.settings.load_profile('repeatable')
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,6 +56,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    np.random.seed(0)  # from which mmengine draws the seed of a run that names none
+    random.seed(0)
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -25,6 +25,7 @@ LINK_TO_PACKAGES = 'packages_of_the_tests.pth'
 
 def run(*command, **kwargs):
     command = [str(part) for part in command]
+    kwargs.setdefault('env', {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'})  # the checkout's
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -168,7 +168,8 @@ def test_the_example_of_torchvisions_faster_rcnn_trains_and_predicts(released):
 
 @pytest.fixture
 def timm():
-    timm = pytest.importorskip('timm')
+    import timm
+
     import revcol_mm.timm  # noqa: F401
     return timm
 

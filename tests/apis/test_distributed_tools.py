@@ -1,7 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The launch scripts with two CPU processes: DDP, distributed testing, and sharded training."""
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from benchmarks.drills import free_port
 from revcol_mm.apis import errors, test, train
 from tests.common import ROOT, build_optimizer, load_config, narrow, parameter_groups
 
@@ -19,10 +19,7 @@ SHARDED = ('runner_type=FlexibleRunner', 'strategy.type=RevColFSDPStrategy')
 
 
 def launch_two(script, *arguments, cwd):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable, PORT=str(port))
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHON=sys.executable, PORT=str(free_port()))
     result = subprocess.run([str(ROOT / 'tools' / script), *map(str, arguments)], cwd=cwd, env=env, capture_output=True,
                             text=True, timeout=400)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]

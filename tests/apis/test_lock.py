@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """One training at a time in a work folder."""
+import contextlib
 import errno
 import fcntl
 import json
@@ -11,7 +12,7 @@ import socket
 import pytest
 from mmengine.config import Config
 
-from benchmarks.drills import CONFIG
+from benchmarks.drills import CONFIG, children
 from revcol_mm.apis import lock, test, train
 from revcol_mm.apis.errors import LaunchError
 
@@ -31,15 +32,16 @@ def holder(tmp_path):
     ready, child_ready = FORK.Event(), FORK.Event()
     process = FORK.Process(target=hold, args=(str(tmp_path / 'work'), ready, child_ready))
     process.start()
-    assert ready.wait(30) and child_ready.wait(30)
-    child, = (int(pid) for pid in open(f'/proc/{process.pid}/task/{process.pid}/children').read().split())
-    yield process
-    for pid in (process.pid, child):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.join()
+    pids = [process.pid]
+    try:
+        assert ready.wait(120) and child_ready.wait(120)
+        pids += children(process.pid)
+        yield process
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.join()
 
 
 def test_a_second_training_is_refused_while_the_first_lives(holder, tmp_path):

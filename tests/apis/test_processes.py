@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,18 +17,19 @@ from revcol_mm.apis.errors import LaunchError
 FORK = multiprocessing.get_context('fork')  # they have everything imported
 
 
-def meet(rank, port, victim, number, late, answers):
-    """One of three processes. The victim sends itself a signal; the others report what they are told.
+def meet(rank, size, port, victims, number, late, answers):
+    """One of several processes. Victims send themselves a signal; the others report what they are told.
 
     A late signal comes when the others have seen an error already, and ask who is missing.
     """
-    processes.SECONDS = 2
-    os.environ.update(RANK=str(rank), WORLD_SIZE='3', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    cpu._init_gloo('pytorch', timeout=3)
+    processes.SECONDS = 2 if number == signal.SIGSTOP else 20  # nobody waits for a process that has ended
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    cpu._init_gloo('pytorch', timeout=60)
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=3), torch.distributed.group.WORLD)
     try:
         with processes.name_lost_processes():
             torch.distributed.barrier()
-            if rank == victim:
+            if rank in victims:
                 time.sleep(late)
                 os.kill(os.getpid(), number)
             if late:
@@ -40,13 +42,13 @@ def meet(rank, port, victim, number, late, answers):
     os._exit(0)
 
 
-def answers_of_the_others(victim, number, late=0.):
+def answers_of_the_others(*victims, number, late=0., size=3):
     port, answers = free_port(), FORK.Queue()
-    started = [FORK.Process(target=meet, args=(rank, port, victim, number, late, answers)) for rank in range(3)]
+    started = [FORK.Process(target=meet, args=(rank, size, port, victims, number, late, answers)) for rank in range(size)]
     for process in started:
         process.start()
     try:
-        return dict(answers.get(timeout=60) for _ in range(2))
+        return dict(answers.get(timeout=60) for _ in range(size - len(victims)))
     finally:
         for process in started:
             process.kill()
@@ -54,20 +56,27 @@ def answers_of_the_others(victim, number, late=0.):
 
 
 def test_a_stopped_process_is_named():
-    answers = answers_of_the_others(1, signal.SIGSTOP)
+    answers = answers_of_the_others(1, number=signal.SIGSTOP)
     assert answers[0].startswith('no answer from rank 1: its process is stopped or lost') and '--resume auto' in answers[0]
     assert 'another process of this run has ended' in answers[2]  # the first one, which has said it
 
 
 @pytest.mark.slow
 def test_a_stopped_first_process_is_named_by_all():
-    for text in answers_of_the_others(0, signal.SIGSTOP).values():
+    for text in answers_of_the_others(0, number=signal.SIGSTOP).values():
         assert text.startswith('no answer from rank 0')
+
+
+@pytest.mark.slow
+def test_several_stopped_processes_are_all_named():
+    answers = answers_of_the_others(1, 2, 3, number=signal.SIGSTOP, size=5)
+    assert answers[0].startswith('no answer from rank 1, 2, 3: ')
+    assert 'another process of this run has ended' in answers[4]
 
 
 @pytest.mark.parametrize('late', [0., 0.5])
 def test_of_a_killed_process_the_others_say_that_it_has_ended(late):
-    for text in answers_of_the_others(1, signal.SIGKILL, late).values():
+    for text in answers_of_the_others(1, number=signal.SIGKILL, late=late).values():
         assert text.startswith('another process of this run has ended')
 
 

@@ -104,13 +104,14 @@ def test_a_classifier_killed_in_the_middle_goes_on_to_the_weights_of_an_uninterr
                                'train_cfg.max_iters=1000000'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               env=dict(os.environ, OMP_NUM_THREADS='1'))
     last = tmp_path / 'killed' / 'last_checkpoint'
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not last.exists() and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     time.sleep(1.1)  # mmengine names a run's folder after the second: the next run gets its own
-    reached = int(last.read_text().rpartition('_')[2].removesuffix('.pth'))
+    # The kill may have come between the checkpoint and the file that names it.
+    reached = max(int(path.stem.removeprefix('iter_')) for path in last.parent.glob('iter_*.pth'))
     options = ['--cfg-options', f'train_cfg.max_iters={reached + 4}']
     before = set((tmp_path / 'killed').glob('*/vis_data/scalars.json'))
     train.train([config, '--work-dir', 'killed', '--resume', 'auto', *options])

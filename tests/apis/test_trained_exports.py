@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('own_surroundings', 'no_
 
 DEMO = CONFIGS / 'demo'
 LOADERS = [f'{split}_dataloader.{option}' for split in ('train', 'val', 'test')
-           for option in ('num_workers=0', 'persistent_workers=False')]
+           for option in ('num_workers=0', 'persistent_workers=False')] + ['randomness.seed=0']
 
 
 @pytest.fixture(scope='module')
@@ -48,5 +48,7 @@ def test_a_file_has_the_metrics_of_its_checkpoint(pretrained, monkeypatch, name,
                                   for path in (checkpoint, file, small))
     print({key: (value, found[key], quantized[key]) for key, value in expected.items()})
     assert expected[metric] > least
-    assert found == {key: pytest.approx(value, abs=1e-3, nan_ok=True) for key, value in expected.items()}
+    # Metrics are rounded: AP to 0.001, the others to 0.01 %.
+    assert found == {key: pytest.approx(value, abs=0.0015 if key.startswith('coco/') else 0.015, nan_ok=True)
+                     for key, value in expected.items()}
     assert quantized[metric] == pytest.approx(expected[metric], abs=lost)

@@ -604,10 +604,13 @@ def test_being_killed_leaves_no_half_written_file_under_the_name(tmp_path):
     (tmp_path / 'out.pth').write_text('old')
     child = os.fork()
     if child == 0:
-        with files.write_whole(str(tmp_path / 'out.pth')) as file:
-            file.write(b'half')
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            with files.write_whole(str(tmp_path / 'out.pth')) as file:
+                file.write(b'half')
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (tmp_path / 'out.pth').read_text() == 'old'
 

@@ -33,8 +33,9 @@ def test_both_moments_are_those_of_a_training_that_is_not_sharded(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(300)
         process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
 
     contents = torch.load(path, weights_only=True)
     sharded, model = contents['optimizer'], DrillModel()

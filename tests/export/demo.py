@@ -28,8 +28,9 @@ def make_model(name: str, change: Callable[[Config], None] = lambda cfg: None) -
     if cfg.model.type != 'IntermediateSupervisionClassifier':  # which wants four
         cfg.model.backbone.arch.num_columns = 1
     change(cfg)
-    torch.manual_seed(1)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    # The random numbers that follow are the same, whether this test or another makes the model.
+    with torch.random.fork_rng(), DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.manual_seed(1)
         model = MODELS.build(cfg.model)
         model.init_weights()
     spread_scores(model)

@@ -136,8 +136,9 @@ def test_autocast_on_two_processes(wrap, one_thread, tmp_path):
 
 @pytest.mark.parametrize('wrapper', ['fsdp', 'fully_shard'])
 @pytest.mark.parametrize('part', ['level1', 'level1.blocks.0'])
-def test_parts_of_a_column_sharded_by_themselves_are_refused(wrapper, part, tmp_path):
-    os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
+def test_parts_of_a_column_sharded_by_themselves_are_refused(wrapper, part, tmp_path, monkeypatch):
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'lo')
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
     try:
         net = build()

@@ -101,16 +101,20 @@ def test_one_micro_batch_that_overflows_spoils_the_accumulated_gradient():
     assert not finite(net.parameters()) and not math.isnan(net.drift)
 
 
+def take_step(rank, folder) -> None:
+    model = DistributedDataParallel(build())
+    images = torch.full((1, 3, 32, 32), math.inf if rank else 1.0)
+    loss_of(model, images=images).backward()
+    torch.save(dict(finite=finite(model.parameters()), drift=model.module.drift), f'{folder}/result{rank}.pt')
+
+
 def step_of_a_process(rank, folder) -> None:
     os.environ.update(MASTER_ADDR='127.0.0.1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     try:
-        model = DistributedDataParallel(build())
-        images = torch.full((1, 3, 32, 32), math.inf if rank else 1.0)
-        loss_of(model, images=images).backward()
-        torch.save(dict(finite=finite(model.parameters()), drift=model.module.drift), f'{folder}/result{rank}.pt')
-        gc.collect()
+        take_step(rank, folder)
+        gc.collect()  # the model, which must not outlive the group
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -92,15 +92,21 @@ def test_the_names_that_are_stored_and_tested_are_those_of_the_folders():
 
 
 def test_a_test_maps_the_labels_to_the_checkpoint():
+    from mmpretrain.registry import MODELS as models
     run('default_hooks.checkpoint.interval=4')
     checkpoint = torch.load('work/iter_4.pth', weights_only=True)
-    scores = [test.test(['config.py', 'work/iter_4.pth', '--work-dir', 'work'])['accuracy/top1']]
-    for name in ('head.fc.weight', 'head.fc.bias'):  # the same model, trained with the classes the other way round
-        checkpoint['state_dict'][name] = checkpoint['state_dict'][name].flip(0)
-    checkpoint['meta']['dataset_meta']['classes'] = ('b', 'a')
-    torch.save(checkpoint, 'flipped.pth')
-    scores.append(test.test(['config.py', 'flipped.pth', '--work-dir', 'work'])['accuracy/top1'])
-    assert scores[0] == scores[1]
+    model = models.build(dict(Config.fromfile('config.py').model, _scope_='mmpretrain'))
+    model.load_state_dict(checkpoint['state_dict'])
+    with torch.no_grad():  # a head that tells black from white
+        black, white = (model.extract_feat(torch.full((1, 1, 32, 32), value))[0][0] for value in (0., 1.))
+    weight = torch.stack([black - white, white - black])
+    checkpoint['state_dict'].update({'head.fc.weight': weight, 'head.fc.bias': -weight @ (black + white) / 2})
+    for order in ((0, 1), (1, 0)):  # as if it had been trained with the classes the other way round
+        for name in ('head.fc.weight', 'head.fc.bias'):
+            checkpoint['state_dict'][name] = checkpoint['state_dict'][name][list(order)]
+        checkpoint['meta']['dataset_meta']['classes'] = tuple('ab'[index] for index in order)
+        torch.save(checkpoint, 'ordered.pth')
+        assert test.test(['config.py', 'ordered.pth', '--work-dir', 'work'])['accuracy/top1'] == 100
 
 
 def test_a_head_of_another_size_is_refused_before_training(folder):
