@@ -203,13 +203,13 @@ def list_checkpoints(cfg: Config) -> list[str]:
     patterns = {(hook.get('filename_tmpl') or 'iter_{}.pth').replace('{}', '*'), 'iter_*.pth', 'epoch_*.pth'}
     found = [osp.join(folder, name) for folder in folders if osp.isdir(folder) for name in os.listdir(folder)
              if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    found.sort(key=osp.getmtime, reverse=True)
+    found.sort(key=lambda path: (osp.getmtime(path), len(path), path), reverse=True)  # some file systems count in seconds
     if not named:
         return found
     if osp.dirname(osp.realpath(named)) not in map(osp.realpath, folders):  # the folder was moved or copied
         named = next((path for path in found if osp.basename(path) == osp.basename(named)), named)
     others = [path for path in found if not (osp.exists(named) and osp.samefile(path, named))]
-    later = [path for path in others if osp.getmtime(path) > osp.getmtime(last) and _iteration(path) > _iteration(named)]
+    later = [path for path in others if osp.getmtime(path) >= osp.getmtime(last) and _iteration(path) > _iteration(named)]
     return [*later, named, *(path for path in others if path not in later)]
 
 
