@@ -88,7 +88,7 @@ class Recorder(Hook):
 
 def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, resume=False, interval=2, by_iter=True, end=None,
         hooks=(), hook=True, val=0, accumulate=1, seed=5, sampler=None, batch_size=2, save_best=None, loader=None,
-        schedule=None, scales=False):
+        schedule=None, scales=False, load_from=None):
     """Trains the toy; a pass over its data has five batches of two."""
     recorder = recorder or Recorder()
     sampler = sampler or ('DefaultSampler' if by_epoch else 'InfiniteSampler')
@@ -110,7 +110,7 @@ def run(folder, recorder=None, *, by_epoch=False, workers=0, persistent=False, r
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2), accumulative_counts=accumulate),
         param_scheduler=schedule, cfg=Config(dict(param_scheduler=[schedule], auto_scale_lr=dict(enable=scales))),
         default_hooks=default_hooks, custom_hooks=[*hooks, recorder], resume=resume,
-        load_from=str(folder / resume) if isinstance(resume, str) else None,
+        load_from=str(folder / resume) if isinstance(resume, str) else load_from,
         randomness=dict(seed=seed), log_level='WARNING', **validation)
     runner._resume = bool(resume)
     Noise.reads = 0
@@ -371,6 +371,8 @@ def test_early_stopping_goes_on_counting(tmp_path):
     # The first validation is the best. Without its count the resumed run would end after iteration 12. The validation at
     # iteration 4, which comes after the checkpoint, is not repeated.
     assert (whole.runner.iter, resumed.runner.iter) == (8, 10)
+    fresh = run(tmp_path / 'fresh', val=2, interval=2, end=20, load_from=str(tmp_path / 'iter_4.pth'), hooks=[stopping()])
+    assert fresh.runner.iter == 8
 
 
 def test_weights_to_start_from_restore_no_states(tmp_path):

@@ -69,6 +69,8 @@ class ExactResumeHook(Hook):
         if reason:
             runner.logger.warning(f'this run cannot be resumed exactly: {reason}')
             return
+        if not resumed:  # the checkpoint gave the weights to start from
+            self.loaded = {}
         place = self._find_place(runner, loader) if resumed else {}
         for hook, state in zip(_early_stopping(runner), self.loaded.get('early_stopping', [])):
             vars(hook).update(state)
