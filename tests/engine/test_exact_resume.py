@@ -339,6 +339,22 @@ def test_another_batch_size_goes_on_without_losing_samples(tmp_path, warnings_of
     assert any('by 1 processes with 2 samples in a batch' in message for message in warnings_of)
 
 
+def test_accumulated_gradients_are_counted_from_the_new_iteration_of_another_batch_size(tmp_path, warnings_of):
+    class Begins(Hook):
+        priority = 'LOWEST'
+
+        def before_train(self, runner):
+            self.count = runner.optim_wrapper.inner_count
+            self.gradients = [parameter.grad for parameter in runner.model.parameters() if parameter.grad is not None]
+
+    begins = Begins()
+    run(tmp_path, Recorder(stop=9), by_epoch=True, accumulate=3, interval=8)  # iteration 8 is between two updates
+    resumed = run(tmp_path, resume='iter_8.pth', by_epoch=True, accumulate=3, batch_size=5, hooks=[begins])
+    assert (begins.count, resumed.runner.optim_wrapper.inner_count) == (3, 6)  # of three epochs of two batches
+    assert not begins.gradients
+    assert any('accumulated since the last update are left out' in message for message in warnings_of)
+
+
 @pytest.mark.parametrize('scales', [False, True])
 @pytest.mark.parametrize('schedule, by_epoch', [
     (dict(type='CosineAnnealingLR', by_epoch=True, T_max=3, convert_to_iter_based=True), True),

@@ -120,7 +120,7 @@ class ExactResumeHook(Hook):
             place['batch'] = had // ((settings['batch_size'] or 1) * settings['processes'])
             if self.by_epoch:
                 place['batch'] = min(place['batch'], len(loader))
-                runner.train_loop._iter = place['epoch'] * len(loader) + place['batch']
+                self._move(runner, place['epoch'] * len(loader) + place['batch'])
             self._fit_schedules(runner, first['settings'], settings)
         elif stored[rank] is None:
             reason = f'the checkpoint does not hold the states of process {rank}, because not all processes took part in saving'
@@ -136,6 +136,16 @@ class ExactResumeHook(Hook):
         if reason:
             runner.logger.warning(f'resuming is not exact: {reason}')
         return place
+
+    def _move(self, runner, iteration: int) -> None:
+        """Goes on at another iteration than the checkpoint's, with a new count of the accumulated gradients."""
+        runner.train_loop._iter = iteration
+        # mmengine never sets the counts of the wrappers in an OptimWrapperDict.
+        if getattr(runner.optim_wrapper, '_accumulative_counts', 1) > 1:
+            runner.optim_wrapper.initialize_count_status(runner.model, iteration, runner.max_iters)
+        if self.loaded.pop('gradients', None):
+            runner.logger.warning('the gradients accumulated since the last update are left out, because the iterations are '
+                                  'others now')
 
     def _fit_schedules(self, runner, before: dict, now: dict) -> None:
         """Puts the schedules, which mmengine resumes with their numbers of iterations, where a run of these settings would be.
