@@ -7,6 +7,7 @@ import textwrap
 from typing import Mapping
 
 import torch
+from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
@@ -40,6 +41,8 @@ class CheckedLoading:
 
     #: Whether the checkpoint and the model must have the same weights.
     loads_whole_model = False
+    #: What the checkpoint holds that was loaded last.
+    loaded_keys: frozenset[str] = frozenset()
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -72,11 +75,14 @@ class CheckedLoading:
             differences = find_differences(*self._shapes_and_weights(filename), filename) or textwrap.shorten(str(error), 500)
             raise CheckpointError(f"{filename} does not fit the config's model: {differences}") from error
 
-    def resume(self, filename: str, *args, **kwargs) -> None:
+    def resume(self, filename: str, **kwargs) -> None:
         """As mmengine's; raises a CheckpointError for a checkpoint of another model."""
         if isinstance(self, FlexibleRunner):
             self.load_checkpoint(filename)  # because its resume() loads the weights that fit, without load_checkpoint()
-        super().resume(filename, *args, **kwargs)
+            if isinstance(self.strategy, SingleDeviceStrategy):  # a file of the best weights holds neither
+                kwargs = dict(resume_optimizer='optimizer' in self.loaded_keys,
+                              resume_param_scheduler='param_schedulers' in self.loaded_keys, **kwargs)
+        super().resume(filename, **kwargs)
 
     def _model(self) -> nn.Module:
         model = self.model
@@ -132,6 +138,7 @@ class _TodaysContents(Hook):
             weights = copy.copy(checkpoint)
             checkpoint.clear()
             checkpoint['state_dict'] = weights
+        runner.loaded_keys = frozenset(checkpoint)
 
 
 def build_runner(cfg: Config, loads_whole_model: bool = False, kept: Config | None = None) -> Runner | FlexibleRunner:

@@ -108,6 +108,17 @@ def test_a_resumed_run_loads_the_weights_whatever_names_mmengine_knows_them_by(t
         assert torch.equal(value, weights[key])
 
 
+def test_flexible_runner_resumes_a_file_of_the_best_weights(tmp_path):
+    path, contents = trained(tmp_path, 'FlexibleRunner')
+    del contents['optimizer'], contents['param_schedulers']
+    runner = build(tmp_path / 'second', 'FlexibleRunner', resume=True, max_iters=1,
+                   load_from=save(contents, contents['state_dict'], tmp_path / 'best.pth'))
+    runner.train()  # all iterations are done: the weights stay
+    assert runner.iter == 1
+    for key, value in runner.model.state_dict().items():
+        assert torch.equal(value, contents['state_dict'][key])
+
+
 @RUNNERS
 def test_a_run_with_averaged_weights_resumes_both_sets_of_them(tmp_path, runner_type):
     average = dict(custom_hooks=[dict(type='EMAHook', momentum=0.5)])

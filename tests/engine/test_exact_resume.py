@@ -377,6 +377,24 @@ def test_the_schedule_with_another_batch_size_is_that_of_a_run_which_always_had_
     assert ours == pytest.approx([rate * (2.5 if scales else 1) for rate in expected])
 
 
+@pytest.mark.parametrize('schedule, by_epoch', [
+    (dict(type='LinearLR', by_epoch=False, start_factor=0.1, end=8), False), (dict(type='StepLR', step_size=1), True)])
+def test_a_file_of_the_best_weights_goes_on_in_the_schedule_and_says_that_it_is_not_exact(
+        tmp_path, warnings_of, schedule, by_epoch):
+    rates = {}
+
+    class Rates(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            rates.setdefault(runner, []).append(runner.optim_wrapper.param_groups[0]['lr'])
+
+    settings = dict(by_epoch=by_epoch, schedule=schedule, val=1 if by_epoch else 5, save_best='acc', end=2 if by_epoch else 9)
+    whole = run(tmp_path, hooks=[Renamed(), Rates()], **settings)
+    best, = tmp_path.glob('best_acc_*.pth')
+    resumed = run(tmp_path, hooks=[Renamed(), Rates()], resume=best.name, **settings)
+    assert rates[resumed.runner] == pytest.approx(rates[whole.runner][5:])
+    assert any('not exact: the checkpoint holds no optimizer state' in message for message in warnings_of)
+
+
 def test_early_stopping_goes_on_counting(tmp_path):
     def stopping():
         return EarlyStoppingHook('count', rule='greater', min_delta=1, patience=3)

@@ -188,7 +188,7 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
                           + place_of_backbones(path))
     missing = [key for key in ('meta', 'message_hub') if key not in keys]
     if resume and 'optimizer' not in keys:
-        warnings.warn(f'{path} holds no optimizer state: the optimizer starts anew')
+        warnings.warn(f'{path} holds no optimizer state, as files of the best weights: the optimizer starts anew')
     if resume and missing:
         raise LaunchError(f'a training can be resumed only from a checkpoint with meta and message_hub, but {path} has no '
                           f'{" and no ".join(missing)}. To start a training from its weights: --cfg-options load_from={path}')

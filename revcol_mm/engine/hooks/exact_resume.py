@@ -32,6 +32,9 @@ class ExactResumeHook(Hook):
     where they should, and with ``auto_scale_lr`` its learning rate is that of the new batch. What EarlyStoppingHook has counted
     is stored, too.
 
+    A file of the best weights holds no states of the optimizer and its schedules. A run that goes on from it is not exact: the
+    optimizer starts anew, and the schedules are put where they were.
+
     Between two updates of an accumulated gradient, one process stores the gradients, too. Several processes have different
     gradients, which are not stored; the log has a warning.
 
@@ -50,6 +53,7 @@ class ExactResumeHook(Hook):
 
     def __init__(self) -> None:
         self.loaded: dict = {}  # the entry of the checkpoint that was loaded last
+        self.missing: set[str] = set()  # what that checkpoint does not hold
         self.processes: list[dict] = []  # what all processes gave when they met last
         self.position: dict[str, int] = {}  # epochs and iterations that are done, and batches of the pass
         self.batches: NumberedBatches | None = None
@@ -58,6 +62,7 @@ class ExactResumeHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         self.loaded = checkpoint.get('exact_resume') or {}
+        self.missing = {'optimizer', 'param_schedulers'} - set(checkpoint)
 
     def before_train(self, runner) -> None:
         if sum(isinstance(hook, ExactResumeHook) for hook in runner.hooks) > 1:
@@ -72,6 +77,11 @@ class ExactResumeHook(Hook):
         if not resumed:  # the checkpoint gave the weights to start from
             self.loaded = {}
         place = self._find_place(runner, loader) if resumed else {}
+        if resumed and 'optimizer' in self.missing:
+            runner.logger.warning('resuming is not exact: the checkpoint holds no optimizer state, as files of the best '
+                                  'weights, so the optimizer starts anew')
+        if resumed and self.missing and runner.param_schedulers:
+            self._replay_schedules(runner)
         for hook, state in zip(_early_stopping(runner), self.loaded.get('early_stopping', [])):
             vars(hook).update(state)
         self.seed = place.get('seed', self.seed)
@@ -121,7 +131,8 @@ class ExactResumeHook(Hook):
             if self.by_epoch:
                 place['batch'] = min(place['batch'], len(loader))
                 self._move(runner, place['epoch'] * len(loader) + place['batch'])
-            self._fit_schedules(runner, first['settings'], settings)
+            if 'optimizer' not in self.missing:  # a new one has the learning rate of the new batch
+                self._fit_schedules(runner, first['settings'], settings)
         elif stored[rank] is None:
             reason = f'the checkpoint does not hold the states of process {rank}, because not all processes took part in saving'
         else:
@@ -165,15 +176,15 @@ class ExactResumeHook(Hook):
                 scheduler.base_values = [value * factor for value in scheduler.base_values]
                 scheduler._last_value = [value * factor for value in scheduler._last_value]
             runner.logger.warning(f'the learning rate is {factor:g} times that of the checkpoint, as auto_scale_lr wants it')
-        if not self.by_epoch or all(scheduler.by_epoch for scheduler in schedulers):
-            return
-        if runner.cfg.get('param_scheduler'):
+        if self.by_epoch and not all(scheduler.by_epoch for scheduler in schedulers):
             self._replay_schedules(runner)
-        else:
-            runner.logger.warning('the schedules keep their iterations, because the runner was built without a config')
 
     def _replay_schedules(self, runner) -> None:
         length, wrapper = len(runner.train_loop.dataloader), runner.optim_wrapper
+        if isinstance(wrapper, OptimWrapperDict) or not runner.cfg.get('param_scheduler'):
+            runner.logger.warning(f'the schedules are not those of iteration {runner.iter}: that needs one optimizer, and a '
+                                  'runner that was built with a config that has param_scheduler')
+            return
         for name in {scheduler.param_name for scheduler in runner.param_schedulers}:
             for group in (group for group in wrapper.param_groups if f'initial_{name}' in group):
                 group[name] = group[f'initial_{name}']
@@ -188,10 +199,10 @@ class ExactResumeHook(Hook):
             runner.param_schedulers = schedulers
             for iteration in range(1, runner.iter + 1):
                 for scheduler in schedulers:
-                    if not scheduler.by_epoch or iteration % length == 0:
+                    if not scheduler.by_epoch or self.by_epoch and iteration % length == 0:
                         scheduler.step()
-        runner.logger.warning(f'the schedules go on as those of a run with {length} iterations in an epoch, at iteration '
-                              f'{runner.iter}')
+        runner.logger.warning(f'the schedules go on at iteration {runner.iter} as those of a run that had these settings from '
+                              'the start')
 
     def _place_without_states(self, runner, loader: DataLoader) -> dict[str, int]:
         length = len(loader)
