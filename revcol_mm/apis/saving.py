@@ -52,6 +52,9 @@ class SafeSaving:
             super().save_checkpoint(out_dir, filename, file_client_args, *args, backend_args=backend_args, **kwargs)
             return
         path, draft = osp.join(out_dir, filename), osp.join(out_dir, f'.{filename}{SUFFIX}')
+        outdated = self.message_hub.runtime_info.get(OUTDATED, [])
+        if osp.normpath(path) in outdated:  # a file can follow one of the same name, and holds this list
+            outdated.remove(osp.normpath(path))
         try:
             super().save_checkpoint(out_dir, osp.basename(draft), None, *args, backend_args=backend_args, **kwargs)
             if hasattr(strategy, '_is_full_state_dict') and not strategy._is_full_state_dict():
@@ -62,9 +65,6 @@ class SafeSaving:
             _remove(draft)
             raise CheckpointError(f'{path} could not be written: {error.strerror or error}. The earlier checkpoints did '
                                   'not change. Make room, and resume with --resume auto') from error
-        outdated = self.message_hub.runtime_info.get(OUTDATED, [])
-        if path in outdated:  # the best checkpoint can follow one of the same name
-            outdated.remove(path)
 
     def load_or_resume(self) -> None:
         """As mmengine's; the first process chooses the checkpoint for all.
@@ -102,9 +102,10 @@ class DeleteOutdated(Hook):
                     # A killed run was writing it, or deleting it.
                     if name.startswith('.') and (SUFFIX in name or fnmatch.fnmatch(name, '.last_checkpoint.*.tmp')):
                         _remove(osp.join(folder, name))
-        # A training that was resumed from a checkpoint in another folder must not delete files there.
-        outdated = runner.message_hub.runtime_info.get(OUTDATED, [])
-        outdated = [path for path in outdated if osp.dirname(osp.abspath(path)) in folders]
+        # A training that was resumed from a checkpoint in another folder must not delete files there, and none may delete the
+        # file that it was resumed from.
+        outdated, resumed = runner.message_hub.runtime_info.get(OUTDATED, []), osp.realpath(runner._load_from or '')
+        outdated = [path for path in outdated if osp.dirname(osp.abspath(path)) in folders and osp.realpath(path) != resumed]
         runner.message_hub.update_info(OUTDATED, outdated)
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:

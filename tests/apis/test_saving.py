@@ -110,6 +110,20 @@ def test_a_file_of_the_same_name_as_an_outdated_one_stays(config, tmp_path):
     assert {file.name for file in (tmp_path / 'work').glob('*.pth')} == {'iter_4.pth', 'best_score_iter_4.pth'}
 
 
+def test_checkpoints_of_one_name_are_not_deleted_by_the_run_that_goes_on_from_them(config, tmp_path):
+    options = ['default_hooks.checkpoint.filename_tmpl=latest.pth', 'default_hooks.checkpoint.max_keep_ckpts=1',
+               'default_hooks.checkpoint.out_dir=./here']  # a path that is not normalised
+    fit(config, *options, 'train_cfg.max_iters=2')
+    file = tmp_path / 'here' / 'work' / 'latest.pth'
+    contents = torch.load(file, weights_only=True)
+    assert contents['message_hub']['runtime_info']['outdated_ckpts'] == []
+    contents['message_hub']['runtime_info']['outdated_ckpts'] = [str(file)]
+    torch.save(contents, file)
+    fit(config, *options, 'default_hooks.checkpoint.interval=9', 'default_hooks.checkpoint.save_last=False',
+        'train_cfg.max_iters=3', resume=str(file))
+    assert iteration(file) == 2
+
+
 def test_what_a_killed_run_was_writing_or_could_not_delete_any_more_goes_with_the_next(config, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, '_delete_outdated', lambda runner: None)
     fit(config, 'default_hooks.checkpoint.max_keep_ckpts=1', 'train_cfg.max_iters=2')
