@@ -68,7 +68,10 @@ def quiet_log() -> Iterator[None]:
 
 
 class _Begun(Hook):
-    """Tells whether the run has begun. A runner builds most of its parts in the call that starts the run."""
+    """Tells whether the run has begun. A runner builds most of its parts in the call that starts the run.
+
+    It is the last hook that is called, because other hooks refuse settings before the run begins.
+    """
 
     value = False
 
@@ -95,7 +98,7 @@ def build_errors(cfg: Config, runner=None) -> Iterator[None]:
         raise LaunchError(f'{cfg.filename} must define a model, but has none')
     begun = _Begun()
     if runner is not None:
-        runner.register_hook(begun, priority='VERY_HIGH')
+        runner.register_hook(begun, priority='LOWEST')
     try:
         yield
     except (AssertionError, KeyError, TypeError, ValueError) as error:

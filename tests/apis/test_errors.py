@@ -2,8 +2,11 @@
 import errno
 
 import pytest
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
-from revcol_mm.apis.errors import LaunchError, plain_errors
+from revcol_mm.apis.errors import LaunchError, build_errors, plain_errors
 from revcol_mm.checkpoint import CheckpointError
 
 
@@ -25,3 +28,25 @@ def test_what_the_user_can_remedy_ends_with_one_sentence(error):
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), plain_errors():
         raise error
+
+
+class Refuses(Hook):
+    priority = 'LOWEST'
+
+    def __init__(self, place):
+        setattr(self, place, self.refuse)
+
+    def refuse(self, runner, **kwargs):
+        raise ValueError('refused')
+
+
+@pytest.mark.parametrize('place, error, text', [('before_train', LaunchError, 'cannot be built: ValueError: refused'),
+                                                ('before_test', LaunchError, 'cannot be built: ValueError: refused'),
+                                                ('before_train_epoch', ValueError, '^refused$')])
+def test_what_a_hook_refuses_before_the_run_is_one_sentence_and_errors_of_the_run_are_not(place, error, text):
+    runner = Runner.__new__(Runner)
+    runner._hooks = []
+    runner.register_hook(Refuses(place))
+    with pytest.raises(error, match=text), build_errors(Config(dict(model=dict(type='Net'))), runner):
+        runner.call_hook('before_test' if place == 'before_test' else 'before_train')
+        runner.call_hook('before_train_epoch')
