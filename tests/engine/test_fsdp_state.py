@@ -2,11 +2,14 @@
 """The optimizer's state in a sharded checkpoint is that of a training that is not sharded."""
 import multiprocessing
 import os
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 from benchmarks.drills import DrillModel, free_port
 from revcol_mm.apis import cpu
+from revcol_mm.checkpoint import CheckpointError
 from revcol_mm.engine import RevColFSDPStrategy
 
 BATCH = dict(inputs=[*torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))], label=[0, 1])
@@ -21,14 +24,27 @@ def shard(rank, port, path):
     for _ in range(2):
         model.train_step(BATCH, wrapper)
     optimizer, weights = strategy.optim_state_dict(), strategy.model_state_dict()
+    strategy.load_optim_state_dict(plain_state())
+    loaded = strategy.optim_state_dict()
     if rank == 0:
-        torch.save(dict(optimizer=optimizer, weights=weights), path)
+        torch.save(dict(optimizer=optimizer, weights=weights, loaded=loaded), path)
     torch.distributed.barrier()
     os._exit(0)
 
 
-def test_both_moments_are_those_of_a_training_that_is_not_sharded(tmp_path):
-    path, port, fork = str(tmp_path / 'state.pth'), free_port(), multiprocessing.get_context('fork')
+def plain_state():
+    """State of an optimizer without sharding, in which the moments of a parameter are its number."""
+    optimizer = torch.optim.AdamW(DrillModel().parameters(), lr=0.25)
+    for number, parameter in enumerate(optimizer.param_groups[0]['params']):
+        optimizer.state[parameter] = dict(step=torch.tensor(2.), exp_avg=torch.full_like(parameter, number),
+                                          exp_avg_sq=torch.full_like(parameter, number))
+    return optimizer.state_dict()
+
+
+@pytest.fixture(scope='module')
+def contents(tmp_path_factory):
+    """What two processes have saved."""
+    path, port, fork = str(tmp_path_factory.mktemp('fsdp') / 'state.pth'), free_port(), multiprocessing.get_context('fork')
     processes = [fork.Process(target=shard, args=(rank, port, path)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -36,8 +52,10 @@ def test_both_moments_are_those_of_a_training_that_is_not_sharded(tmp_path):
         process.join(300)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
+    return torch.load(path, weights_only=True)
 
-    contents = torch.load(path, weights_only=True)
+
+def test_both_moments_are_those_of_a_training_that_is_not_sharded(contents):
     sharded, model = contents['optimizer'], DrillModel()
     model.load_state_dict(contents['weights'])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.)
@@ -51,3 +69,16 @@ def test_both_moments_are_those_of_a_training_that_is_not_sharded(tmp_path):
         for kind, value in state.items():
             torch.testing.assert_close(sharded['state'][name][kind], value, rtol=1e-4, atol=1e-9)
     assert [len(group['params']) for group in sharded['param_groups']] == [len(list(model.parameters()))]
+
+
+def test_a_sharded_training_takes_the_state_of_one_that_is_not_sharded(contents):
+    state = contents['loaded']['state']
+    for number, (name, parameter) in enumerate(DrillModel().named_parameters()):
+        assert all(torch.equal(state[name][kind], torch.full_like(parameter, number)) for kind in ('exp_avg', 'exp_avg_sq'))
+    assert [group['lr'] for group in contents['loaded']['param_groups']] == [0.25]
+
+
+def test_a_state_of_other_parameters_is_refused():
+    strategy = SimpleNamespace(optim_wrapper=SimpleNamespace(optimizer=torch.optim.SGD([torch.ones(1)], lr=1.)))
+    with pytest.raises(CheckpointError, match='must be of as many parameters .*, 1, but is of 2'):
+        RevColFSDPStrategy.load_optim_state_dict(strategy, dict(state={0: {}}, param_groups=[dict(params=[0, 1])]))

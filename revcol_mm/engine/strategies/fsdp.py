@@ -11,8 +11,9 @@ from mmengine.logging import print_log
 from mmengine.registry import STRATEGIES
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp import OptimStateKeyType, StateDictType
 
+from ...checkpoint import CheckpointError
 from ...reversible import ReversibleColumn
 
 
@@ -34,8 +35,8 @@ class RevColFSDPStrategy(FSDPStrategy):
 
     It differs from mmengine's strategy in these points: every column is a unit of its own; gradients are clipped by the norm of
     the whole model, not of each process's shards; a checkpoint is one file that every other tool reads, and a run can be
-    resumed from it with today's torch; weights of another shape are left out, with a line in the log, as without sharding; and
-    no GPU is needed.
+    resumed from it with today's torch, and from a checkpoint of a run without sharding; weights of another shape are left out,
+    with a line in the log, as without sharding; and no GPU is needed.
 
     Args:
         model_wrapper (dict, optional): arguments of ``MMFullyShardedDataParallel``: ``mixed_precision``, ``cpu_offload``, …
@@ -106,9 +107,18 @@ class RevColFSDPStrategy(FSDPStrategy):
     def load_optim_state_dict(self, state_dict: dict) -> None:
         entries = _entries_of_wrapper(state_dict)
         state_dict = {key: value for key, value in state_dict.items() if key not in entries}
+        optimizer = self.optim_wrapper.optimizer
+        if any(isinstance(key, int) for key in state_dict['state']):  # numbers in place of names: it was not sharded
+            stored, own = (sum(len(group['params']) for group in groups)
+                           for groups in (state_dict['param_groups'], optimizer.param_groups))
+            if stored != own:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer state must be of as many parameters as the sharded optimizer has, {own}, but "
+                    f'is of {stored}. Freeze the same parts, and leave strategy.model_wrapper.use_orig_params=True; or start '
+                    'from the weights alone, with load_from and without --resume')
+            state_dict = FSDP.rekey_optim_state_dict(state_dict, OptimStateKeyType.PARAM_NAME, self.model, optim=optimizer)
         # mmengine passes these by position, in an order that torch has changed.
-        loaded = FSDP.optim_state_dict_to_load(
-            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict)
+        loaded = FSDP.optim_state_dict_to_load(model=self.model, optim=optimizer, optim_state_dict=state_dict)
         self.optim_wrapper.load_state_dict({**loaded, **entries})
 
 
