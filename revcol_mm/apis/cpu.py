@@ -37,6 +37,8 @@ def fit_to_cpu(cfg: Config) -> None:
     if cfg.launcher == 'none':
         return
     _init_gloo(cfg.launcher, ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout'))
+    if str(cfg.get('runner_type')).rpartition('.')[2] == 'FlexibleRunner' and not cfg.get('strategy'):
+        cfg.strategy = dict(type='DDPStrategy')  # mmengine's default
     if cfg.get('strategy'):
         strategy = str(cfg.strategy.get('type', '')).rpartition('.')[2]
         if strategy == 'FSDPStrategy':

@@ -80,6 +80,13 @@ def test_of_a_killed_process_the_others_say_that_it_has_ended(late):
         assert text.startswith('another process of this run has ended')
 
 
+def test_flexible_runner_gets_no_device_ids_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(cpu, '_init_gloo', lambda *args: None)
+    cfg = Config(dict(launcher='pytorch', model=dict(), runner_type='FlexibleRunner'))
+    cpu.fit_to_cpu(cfg)
+    assert cfg.strategy.type == 'DDPStrategy' and cfg.strategy.model_wrapper.device_ids is None
+
+
 @pytest.mark.parametrize('timeout', [0, -1, '10', [10]])
 def test_the_timeout_is_a_positive_number_of_seconds(monkeypatch, timeout):
     for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1').items():
