@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mmengine.registry import FUNCTIONS
 from mmengine.runner import Runner
 
 from benchmarks.drills import CONFIG
+from revcol_mm.engine import workers
 from revcol_mm.engine.workers import WorkersEndWithTraining
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +53,18 @@ def own_worker_init_fn(worker_id, mark):
 def test_the_worker_init_fn_of_the_config_is_called():
     batches = load(Runner_.build_dataloader, worker_init_fn=dict(type='own_worker_init_fn', mark='w'))
     assert [batch['mark'] for batch in batches] == [['w0'], ['w1']]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux signals the death of a parent')
+@pytest.mark.parametrize('context, ended', [('fork', [1]), ('spawn', [1]), ('forkserver', [])])
+def test_a_worker_ends_at_once_if_another_process_than_its_training_is_its_parent(monkeypatch, context, ended):
+    exits = []
+    monkeypatch.setattr(workers.ctypes, 'CDLL', lambda *args, **kwargs: SimpleNamespace(prctl=lambda *args: 0))
+    monkeypatch.setattr(workers.os, '_exit', exits.append)
+    loader = Runner_.build_dataloader(dict(dataset=Draws(), batch_size=1, num_workers=1, multiprocessing_context=context,
+                                           sampler=dict(type='DefaultSampler')), seed=5)
+    loader.worker_init_fn(0)
+    assert exits == ended
 
 
 def children(pid):
