@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -11,7 +12,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.runner import Runner
 
 from benchmarks.drills import DrillModel
-from revcol_mm.engine.hooks.curves import draw_curves, read_scalars
+from revcol_mm.engine.hooks.curves import CurvesHook, draw_curves, read_scalars
 
 
 class Score(BaseMetric):
@@ -81,3 +82,12 @@ def test_a_missing_matplotlib_stops_no_training(tmp_path, monkeypatch):
     runner.train()
     assert runner.iter == 4 and not (tmp_path / 'curves.png').exists()
     assert sum(line.startswith('curves.png is not drawn: ') for line in lines) == 1
+
+
+def test_no_line_of_the_log_stops_a_training(tmp_path):
+    (tmp_path / 'vis_data').mkdir()
+    (tmp_path / 'vis_data' / 'scalars.json').write_text(json.dumps(dict(lr=1, loss=4.)))  # of which iteration?
+    said = []
+    CurvesHook().draw(SimpleNamespace(log_dir=tmp_path, work_dir=tmp_path, _resume=False,
+                                      logger=SimpleNamespace(warning=said.append)))
+    assert said == ["curves.png is not drawn: KeyError: 'step'"]

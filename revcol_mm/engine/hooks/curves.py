@@ -11,7 +11,6 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from ...checkpoint import CheckpointError
 from ...checkpoint.files import write_whole
 
 #: What is no metric among the values that are written after a validation, and sizes of objects, which would crowd the picture.
@@ -56,7 +55,7 @@ class CurvesHook(Hook):
             if runner._resume:
                 files = sorted(set(Path(runner.work_dir).glob('*/vis_data/scalars.json')) | set(files))
             draw_curves(osp.join(runner.work_dir, self.name), *read_scalars(files))
-        except (ImportError, OSError, ValueError, CheckpointError) as error:
+        except Exception as error:  # such as a line without the iteration, or matplotlib's
             self.failed = True
             runner.logger.warning(f'{self.name} is not drawn: {type(error).__name__}: {error}')
 
