@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -143,11 +144,21 @@ def test_custom_keys_multiply_rate_and_decay_of_the_longest_match():
     assert (groups['head.weight']['lr'], groups['head.weight']['weight_decay']) == (0.1, 0.1)
 
 
+def test_a_custom_key_that_is_in_no_name_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr('revcol_mm.engine.optimizers.layer_decay.print_log',
+                        lambda text, logger, level=logging.INFO: said.append(text) if level == logging.WARNING else None)
+    build_optimizer(Detector(), custom_keys=dict(backbone=dict(lr_mult=0.1), backbones=dict(lr_mult=0.1)))
+    assert len(said) == 1 and said[0].endswith("['backbones']")
+
+
 def test_bad_settings_are_refused_with_the_name_and_the_way_out():
     with pytest.raises(ValueError, match=r"\['decay_rate'\].*_delete_"):
         build_optimizer(Detector(), decay_rate=0.7)
     with pytest.raises(ValueError, match='layer_decay_rate .*must .*, but got 1.5'):
         build_optimizer(Detector(), layer_decay_rate=1.5)
+    with pytest.raises(ValueError, match=r"custom_keys\.head .*may hold lr_mult and decay_mult, but got \['lr_mul'\]"):
+        build_optimizer(Detector(), custom_keys=dict(head=dict(lr_mul=0.1)))
     with pytest.raises(ValueError, match='optimizer must have lr'):
         build_optim_wrapper(Detector(), dict(optimizer=dict(type='AdamW'), constructor='LayerDecayOptimWrapperConstructor'))
     with pytest.raises(TypeError, match='get_layer_depth'):

@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Layer-wise learning-rate decay for every model whose backbone tells the depth of its parameters."""
 import itertools
+from logging import WARNING
 
 import torch
 from mmengine.logging import print_log
@@ -42,10 +43,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             ``decay_gamma`` (bool, default False: the release decays γ in classification only; γ, the factor of the columns'
             shortcuts, is the parameter ``alpha{l}``, and ``gamma`` in a parameter's name is a LayerScale);
             ``custom_keys`` (dict, default none), as mmengine's: {part of a parameter's name: dict(lr_mult=…, decay_mult=…)},
-            the longest match wins and multiplies what the rules above give.
+            the longest match wins and multiplies what the rules above give. The log warns of a key that is in no name.
 
     Raises:
-        ValueError: for other keys, values out of range, an optimizer without ``lr``, and FSDP without ``use_orig_params``.
+        ValueError: for other keys (also in the dicts of ``custom_keys``), values out of range, an optimizer without ``lr``, and
+            FSDP without ``use_orig_params``.
         TypeError: if a model with decaying rates has no backbone with ``get_layer_depth``.
     """
 
@@ -57,6 +59,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(f'paramwise_cfg of LayerDecayOptimWrapperConstructor may hold {sorted(defaults)}, but got '
                              f'{unknown}. Keys from a base config are removed by paramwise_cfg=dict(_delete_=True, …)')
         super().__init__(optim_wrapper_cfg, dict(defaults, **given))
+        for key, settings in self.paramwise_cfg['custom_keys'].items():
+            unknown = sorted(set(settings) - {'lr_mult', 'decay_mult'})
+            if unknown:
+                raise ValueError(f'custom_keys.{key} in paramwise_cfg may hold lr_mult and decay_mult, but got {unknown}: '
+                                 "remove them, or use mmengine's DefaultOptimWrapperConstructor")
         self._dims: dict[int, int] = {}
         rate = self.paramwise_cfg['layer_decay_rate']
         if not 0 < rate <= 1:
@@ -103,6 +110,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 group['weight_decay'] = weight_decay
             group['params'].append(param)
             group['param_names'].append(name)
+        unused = [key for key in keys if not any(key in _clean(name) for name, _ in module.named_parameters())]
+        if unused:
+            print_log(f'these custom_keys in paramwise_cfg change nothing, because no parameter has them in its name: {unused}',
+                      'current', WARNING)
         ordered = [groups[key] for key in sorted(groups, key=lambda key: (-key[0], key[1]))]
         for group in ordered:
             print_log(f'{group["group_name"]}: {len(group["params"])} parameters, lr {group["lr"]:.4g}, weight decay '
