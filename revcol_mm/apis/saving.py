@@ -127,7 +127,10 @@ def _delete_outdated(runner) -> None:
 
 
 class _DeletesLater(LocalBackend):
-    """File backend of a CheckpointHook. It keeps what lies in other folders, as the best file of the run it goes on from."""
+    """File backend of a CheckpointHook, whose files are deleted after their successor is complete.
+
+    It never deletes files in other folders, such as the best checkpoint of the run that was resumed.
+    """
 
     def __init__(self, message_hub, folder: str) -> None:
         self.message_hub, self.folder = message_hub, folder

@@ -122,16 +122,16 @@ class IterationBatches:
 
     Args:
         loader (DataLoader): the training data, with :class:`NumberedBatches`.
-        replayed (int): how many requests get no answer, because their batches were consumed before the run was resumed.
-            mmengine's loop asks for all of them, and would have every image decoded again.
+        calls_without_batch (int): how many of the first calls of next() return None, because their batches were consumed before
+            the run was resumed. mmengine's loop asks for all of them, and would have every image decoded again. Default: 0.
         keep_states (bool): whether making the loader's iterator leaves the generators as they are. Default: False.
 
     Attributes:
         taken (int): batches of the pass that were consumed.
     """
 
-    def __init__(self, loader: DataLoader, replayed: int = 0, keep_states: bool = False) -> None:
-        self.loader, self.replayed, self.keep_states = loader, replayed, keep_states
+    def __init__(self, loader: DataLoader, calls_without_batch: int = 0, keep_states: bool = False) -> None:
+        self.loader, self.calls_without_batch, self.keep_states = loader, calls_without_batch, keep_states
         self.first_pass = loader.batch_sampler.next_pass
         self.pass_number, self.taken = self.first_pass, loader.batch_sampler.skip
         self.iterator: _InfiniteDataloaderIterator | None = None
@@ -140,8 +140,8 @@ class IterationBatches:
         return self
 
     def __next__(self) -> Any:
-        if self.replayed:
-            self.replayed -= 1
+        if self.calls_without_batch:
+            self.calls_without_batch -= 1
             return None
         if self.iterator is None:
             self.iterator = self._begin()

@@ -26,7 +26,7 @@ class ExactResumeHook(Hook):
 
     With data-loader workers, the seeds of a batch follow from the run's seed, the process's rank, the pass over the data and
     the batch's number in it. So they do not depend on the number of workers, and passes differ (mmengine seeds workers that
-    are not persistent alike in every epoch). What a validation draws is undone.
+    are not persistent alike in every epoch). The random numbers that a validation uses do not change those of the training.
 
     A run that goes on with another batch size, number of processes or number of samples is not exact, but its schedules end
     where they should, and with ``auto_scale_lr`` its learning rate is that of the new batch. What EarlyStoppingHook has counted
@@ -70,7 +70,7 @@ class ExactResumeHook(Hook):
                              'remove it from custom_hooks, or from default_hooks')
         loop, loader, resumed = runner.train_loop, runner.train_loop.dataloader, runner.iter > 0
         self.by_epoch, self.batches, self.seed = isinstance(loop, EpochBasedTrainLoop), None, runner.seed
-        reason = _why_not(loop)
+        reason = _why_not_exact(loop)
         if reason:
             runner.logger.warning(f'this run cannot be resumed exactly: {reason}')
             return
@@ -125,9 +125,9 @@ class ExactResumeHook(Hook):
             place = self._place_without_states(runner, loader)
         elif first['settings'] != settings:
             reason = f'the checkpoint was written by {_describe(first["settings"])}, and now there are {_describe(settings)}'
-            had = first['batch'] * (first['settings']['batch_size'] or 1) * first['settings']['processes']
+            samples_done = first['batch'] * (first['settings']['batch_size'] or 1) * first['settings']['processes']
             # A part of a batch is read twice rather than not at all.
-            place['batch'] = had // ((settings['batch_size'] or 1) * settings['processes'])
+            place['batch'] = samples_done // ((settings['batch_size'] or 1) * settings['processes'])
             if self.by_epoch:
                 place['batch'] = min(place['batch'], len(loader))
                 self._move(runner, place['epoch'] * len(loader) + place['batch'])
@@ -309,7 +309,7 @@ def _early_stopping(runner) -> list[EarlyStoppingHook]:
     return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
 
-def _why_not(loop: Any) -> str | None:
+def _why_not_exact(loop: Any) -> str | None:
     loader = loop.dataloader
     if not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
         return f'the train loop must be an EpochBasedTrainLoop or an IterBasedTrainLoop, but it is a {type(loop).__name__}'
