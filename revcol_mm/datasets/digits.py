@@ -18,6 +18,7 @@ divides that again: settings are chosen on it without a look at the validation s
 """
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,9 @@ BACKGROUND = len(DIGITS)
 
 _MARK = 'digits.json'
 _MAKER = 'revcol_mm.datasets.digits'
-_ENTRIES = {_MARK, 'annotations', 'train', 'val', 'semantic', 'crops'}
+_OWN_FOLDER = re.compile('annotations|(crops/|semantic/)?(train|val)|semantic|crops(/(train|val)/[0-9])?')
+_OWN_FILE = re.compile(r'digits\.json|annotations/instances_(train|val)\.json|(train|val)/[0-9]{6,}\.jpg|'
+                       r'semantic/(train|val)/[0-9]{6,}\.png|crops/(train|val)/[0-9]/[0-9]{4}_[0-9]\.jpg')
 _FORMAT = 4  # raise it when the same arguments give other files
 
 _SIDES = (28, 64)  # pixels of a digit's longer side
@@ -70,7 +73,8 @@ def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val
 
     Raises:
         ValueError: for counts below 1, a size below 64, or a negative seed.
-        FileExistsError: if ``root`` exists and is not a data set made here, or other files lie in it.
+        FileExistsError: if ``root`` exists and is not a data set made here, or if it would be replaced and other files lie
+            in it or in its folders.
         ImportError: without scikit-learn.
     """
     for name, value, least in (('num_train', num_train, 1), ('num_val', num_val, 1), ('size', size, 64), ('seed', seed, 0)):
@@ -83,6 +87,8 @@ def make_digits(root: str | Path = 'data/digits', num_train: int = 1600, num_val
     replaces = root.exists() or root.is_symlink()
     if replaces and _read_mark(root) == made:
         return False
+    if replaces:
+        _check_that_all_is_own(root)
 
     samples = _load_samples(tuning)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +115,18 @@ def _read_mark(root: Path) -> dict:
         own = False
     if not own:
         raise FileExistsError(f'{root} exists and is not a data set that this tool made: choose another folder')
-    foreign = sorted(set(os.listdir(root)) - _ENTRIES)
-    if foreign:
-        raise FileExistsError(f'{root} holds files that this tool did not make ({", ".join(foreign[:3])}): move them away, or '
-                              'choose another folder')
     return made
+
+
+def _check_that_all_is_own(root: Path) -> None:
+    """Raises FileExistsError if anything in ``root`` has a name that the tool does not give. The first one is named."""
+    for folder, folders, files in os.walk(root):
+        for names, own in ((folders, _OWN_FOLDER), (files, _OWN_FILE)):
+            for name in sorted(names):
+                path = Path(folder, name).relative_to(root)
+                if not own.fullmatch(path.as_posix()):
+                    raise FileExistsError(f'{root} must hold only files that this tool made to be replaced, but holds {path}: '
+                                          'move it away, or choose another folder')
 
 
 def _load_samples(tuning: bool) -> dict[str, list[Sample]]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -163,12 +164,17 @@ def test_what_it_did_not_make_is_not_overwritten(tmp_path):
     (strange / 'me.jpg').write_text('x')
     with pytest.raises(FileExistsError, match='photos exists and is not a data set that this tool made'):
         make_digits(strange, 2, 1)
+    assert (strange / 'me.jpg').exists()
     own = tmp_path / 'digits'
-    make_digits(own, 2, 1)
-    (own / 'notes.txt').write_text('x')
-    with pytest.raises(FileExistsError, match='notes.txt'):
-        make_digits(own, 3, 1)
-    assert (strange / 'me.jpg').exists() and (own / 'notes.txt').exists()
+    for folder in ('annotations', 'crops/train/3', 'train/more'):
+        (own / folder).mkdir(parents=True)
+    (own / 'digits.json').write_text(json.dumps(dict(maker=maker._MAKER)))  # of a set that was made with other arguments
+    for name in ('train/more', 'notes.txt', 'annotations/instances_tiny.json', 'crops/train/3/mine.jpg'):
+        if not (own / name).exists():
+            (own / name).touch()
+        with pytest.raises(FileExistsError, match=f'must hold only files that this tool made .* but holds {name}: move'):
+            make_digits(own, 3, 1)
+        os.rename(own / name, tmp_path / Path(name).name)  # it is there still
 
 
 def test_nothing_half_written_stays_behind(tmp_path, monkeypatch):
