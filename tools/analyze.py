@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                             'the pipeline gives images of different sizes')
 
     growth.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the training images; '
-                        'default: 800 1344 for detection, otherwise the crop of the config')
+                        'default: the largest scale of the config for detection, otherwise its crop')
     growth.add_argument('--batch', type=int, help='images per GPU; default: batch_size of the config')
     growth.add_argument('--columns', type=int, nargs='+', default=[4, 8, 16, 32], help='default: 4 8 16 32')
     for command in (maps, similarity, growth):

@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Plan the memory of a training')
     parser.add_argument('config', help='a detector, a segmentor or a classifier with a network of columns')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the training images after '
-                        'padding; default: 800 1344 for detection, otherwise the crop of the config')
+                        'padding; default: the largest scale of the config for detection, otherwise its crop')
     parser.add_argument('--batch', type=int, help='images per GPU; default: batch_size of the config')
     parser.add_argument('--amp', choices=['fp16', 'bf16'], help='mixed precision; default: as the config trains')
     parser.add_argument('--budget', metavar='SIZE', help='memory of a GPU, such as 24GB (10^9 bytes each), 24GiB or 24576MiB')

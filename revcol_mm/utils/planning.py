@@ -25,6 +25,7 @@ from .memory import StepBytes, count_step, without_memory
 
 #: The parts that are counted to the byte.
 BODY = ('backbone', 'neck')
+#: Training images of a detector whose config does not tell their size.
 DETECTION_SHAPE = (800, 1344)
 #: Areas in pixels at which the heads are measured. On smaller images another moment is the largest one.
 HEAD_AREAS = (384**2, 512**2)
@@ -73,19 +74,62 @@ def parse_bytes(text: str) -> int:
 
 
 def training_shape(cfg: Config) -> tuple[int, int]:
-    """Height and width of a training image: 800×1344 for detection (1333×800, padded), otherwise the crop of the config.
+    """Height and width of the largest training image, as far as the config tells it.
+
+    For detection it is the largest scale of the training pipeline, padded: 800×1344 for (1333, 800). Images of the format
+    4:3 need less. Without a scale it is :data:`DETECTION_SHAPE`. For segmentation and classification it is the crop.
 
     Raises:
         ValueError: if the config does not tell the size.
     """
-    scope = cfg.get('default_scope')
+    scope, dataset = cfg.get('default_scope'), (cfg.get('train_dataloader') or {}).get('dataset') or {}
     if scope == 'mmdet':
-        return DETECTION_SHAPE
-    steps = (cfg.get('train_dataloader') or {}).get('dataset', {}).get('pipeline', [])
-    sizes = [step.get('crop_size') or step.get('scale') for step in steps if 'Crop' in str(step.type)]
+        size, divisor = _largest_image(dataset), (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor', 1)
+        return tuple(math.ceil(length / divisor) * divisor for length in reversed(size)) if size else DETECTION_SHAPE
+    sizes = [step.get('crop_size') or step.get('scale') for step in dataset.get('pipeline', []) if 'Crop' in str(step.type)]
     if not sizes or not sizes[-1]:
         raise ValueError(f'the training images of default_scope={scope!r} have no crop that tells their size: give --shape H W')
     return (sizes[-1], ) * 2 if isinstance(sizes[-1], int) else tuple(sizes[-1])
+
+
+def _largest_image(dataset: dict) -> tuple[int, int] | None:
+    """Width and height of the largest image of a data set of mmdet, with those that it wraps; None if no transform tells it."""
+    inner = dataset.get('datasets') or [dataset.get('dataset')]
+    return _transformed(dataset.get('pipeline') or [], max((_largest_image(part) for part in inner if part), key=_area,
+                                                           default=None))
+
+
+def _transformed(steps: Sequence[dict], size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The largest size that the transforms make of an image of this size: the last one that resizes it decides."""
+    for step in steps:
+        kind = str(step.get('type')).rpartition('.')[2].strip("'>")  # of a name or a class
+        if step.get('transforms'):  # RandomChoice holds pipelines, others hold one
+            parts = step['transforms'] if isinstance(step['transforms'][0], (list, tuple)) else [step['transforms']]
+            size = max((_transformed(part, size) for part in parts), key=_area)
+        elif kind.endswith('Resize') and (step.get('scales') or step.get('scale')):
+            size = _largest_scale(step)
+        elif kind == 'RandomCrop' and step.get('crop_type', 'absolute') == 'absolute' and size:
+            size = tuple(map(min, size, step['crop_size']))
+    return size
+
+
+def _largest_scale(step: dict) -> tuple[int, int]:
+    """Width and height of the largest image that a Resize, RandomResize or RandomChoiceResize gives."""
+    choice = isinstance(step.get('scales'), list)
+    scales = step.get('scales') or step['scale']
+    if isinstance(scales, int) or not choice and isinstance(scales[0], int):
+        scales = [scales]
+    elif not choice:  # width and height are drawn separately, each from its range
+        scales = [tuple(map(max, *scales))]
+    pairs = [(scale, scale) if isinstance(scale, int) else tuple(scale) for scale in scales]
+    if step.get('keep_ratio'):  # limits of the longer and of the shorter side, in any order
+        pairs = [tuple(sorted(pair, reverse=True)) for pair in pairs]
+    ratio = (step.get('ratio_range') or [1])[-1]
+    return tuple(int(length * ratio) for length in max(pairs, key=_area))
+
+
+def _area(size: tuple[int, int] | None) -> int:
+    return math.prod(size) if size else 0
 
 
 def column_network(cfg: Config) -> type[ColumnStack]:

@@ -166,8 +166,29 @@ class TestArguments:
     def test_the_shape_and_the_precision_are_those_of_the_config(self):
         assert planning.training_shape(load_config('upernet_revcol_t')) == (512, 512)
         assert planning.training_shape(load_config('revcol_t_in1k')) == (224, 224)
+        assert planning.training_shape(load_config('htc_revcol_h')) == (1408, 1600)  # short sides of up to 1400
+        assert planning.training_shape(config()) == (800, 1344)
         assert Plan(config('upernet_revcol_t')).autocast is torch.float16
         assert Plan(config('upernet_revcol_t'), amp='bf16').autocast is torch.bfloat16
+
+    @pytest.mark.parametrize('steps,shape', [
+        ([], (800, 1344)),
+        ([dict(type='Resize', scale=(300, 500), keep_ratio=True)], (320, 512)),
+        ([dict(type='Resize', scale=(300, 500))], (512, 320)),  # exactly this width and height
+        ([dict(type='mmdet.RandomResize', scale=[(1600, 400), (900, 1000)], keep_ratio=True)], (1024, 1600)),
+        ([dict(type='RandomResize', scale=(200, 100), ratio_range=(0.5, 2.0), keep_ratio=True)], (224, 416)),
+        ([dict(type='RandomChoiceResize', scales=[(480, 640), (800, 320)], keep_ratio=True)], (480, 640)),
+        ([dict(type='RandomChoice', transforms=[
+            [dict(type='RandomChoiceResize', scales=[320, 640])],
+            [dict(type='Resize', scale=(4200, 600)), dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600)),
+             dict(type='Resize', scale=(640, 960))]])], (960, 640)),
+        ([dict(type='RandomResize', scale=(1024, 1024), ratio_range=(0.1, 2.0), keep_ratio=True),
+          dict(type='RandomCrop', crop_size=(1024, 768))], (768, 1024))])
+    def test_the_largest_image_of_a_detectors_pipeline_counts(self, steps, shape):
+        dataset = dict(type='RepeatDataset', dataset=dict(pipeline=[dict(type='LoadImageFromFile'), *steps]))
+        cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dataset),
+                          model=dict(data_preprocessor=dict(pad_size_divisor=32))))
+        assert planning.training_shape(cfg) == shape
 
 
 @pytest.mark.slow
