@@ -274,6 +274,8 @@ class Plan:
             name, options = f'reversible, {stored} stored', dict(reversible=True, stored_columns=stored)
             rebuilt = self.trained_columns - stored
         self._set(**{**dict(reversible=False, stored_columns=0, with_cp=False), **options})
+        if self.cfg.model.backbone.get('with_cp'):  # what the config sets stays set unless an option replaces it
+            options = {**options, 'with_cp': stored is None}
         step = self._count(self.shape, batch)
         heads = [size * batch // self.batch for size in (self.heads.peak, self.heads.peak_with_gradients)]
         fixed = sum(size for part, size in self.fixed.items() if part != 'gradients')

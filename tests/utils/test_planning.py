@@ -1,5 +1,6 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The plan of a training's memory: against a real step of a narrow detector, and against arithmetic by hand."""
+import copy
 from functools import lru_cache
 from unittest import mock
 
@@ -9,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from revcol_mm.utils import planning
-from revcol_mm.utils.memory import count_step
+from revcol_mm.utils.memory import StepBytes, count_step
 from revcol_mm.utils.planning import Plan, Way, parse_bytes
 from tests.common import live_bytes, load_config, narrow, run_tool
 
@@ -137,6 +138,17 @@ class TestWays:
             assert counted.fit(way.total) == way
             if stored:
                 assert counted.fit(way.total - 1) == ways[stored - 1]
+
+    def test_the_options_turn_off_what_the_config_has_turned_on(self, monkeypatch):
+        nothing = StepBytes(0, 0, 0)
+        for name, value in dict(_count=lambda *_: nothing, heads=nothing, fixed=dict(gradients=0)).items():
+            monkeypatch.setattr(Plan, name, value)
+        checkpointed = copy.copy(plan())
+        checkpointed._ways = {}
+        assert 'with_cp' not in checkpointed.way(1).options
+        checkpointed.cfg, checkpointed._ways = changed(model__backbone__with_cp=True), {}
+        for stored, with_cp in ((4, False), (1, False), (None, True)):
+            assert checkpointed.way(stored).options['with_cp'] is with_cp
 
     def test_a_budget_that_is_too_small_is_answered_with_the_nearest_and_what_to_change(self):
         with pytest.raises(ValueError, match=r'at least \d\.\d\d GiB, which is what reversible training.*got 0\.01 GiB: lower '
