@@ -12,6 +12,9 @@ from ..checkpoint.loading import FOLDED, find_differences
 from ..checkpoint.safe import CheckpointError, some
 from ..models import RevCol
 
+#: A path of HRNetColumns between two columns. Its blocks have the names of RevCol's.
+HRNET_PATH = re.compile(r'subnet\d+\.level\d\.fusion\.from\d\.')
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -34,10 +37,12 @@ class Backbone:
 def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
     """Finds the RevCol in a state dict, and checks that it has all names and shapes of a RevCol of its size.
 
-
     Raises:
         CheckpointError: if there is no RevCol, more than one, or an incomplete or folded one.
     """
+    if any(map(HRNET_PATH.search, weights)):
+        raise CheckpointError(f"{filename} must hold a RevCol, but its columns are not RevCol's: they are joined by paths of "
+                              'HRNetColumns. Give a checkpoint of a RevCol')
     kernels = kernels_of(weights)
     kernel_size = kernel_size_of(kernels, filename)
     prefixes = sorted({KERNEL.fullmatch(key)['prefix'] for key in kernels})

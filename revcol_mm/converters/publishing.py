@@ -16,6 +16,7 @@ from ..checkpoint.loading import COUNTERS, check_weights, find_meta, find_state_
 from ..checkpoint.names import count_dtypes, find_dataset_meta, find_num_classes, find_task
 from ..checkpoint.safe import CheckpointError, read_checkpoint
 from ..version import __version__
+from .backbone import HRNET_PATH
 from .importing import import_checkpoint
 
 EXTENSIONS = ('.pth', '.safetensors')
@@ -27,8 +28,8 @@ def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> t
     """Returns the weights and metadata of a training checkpoint.
 
     Optimizer, schedulers, histories and second copies of the weights are left out. In a run with weight averaging, mmengine
-    stores two copies; ``state_dict`` is the averaged one, and is kept. Models with RevColViT or RevColC2f are stripped too, but
-    their description has no size and no kernel size.
+    stores two copies; ``state_dict`` is the averaged one, and is kept. Models with other columns than RevCol's, such as
+    RevColViT, are stripped too, but their description has no size and no kernel size.
 
     Args:
         checkpoint (Any): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
@@ -41,7 +42,8 @@ def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> t
         CheckpointError: for the reasons of :func:`~revcol_mm.converters.import_checkpoint`.
     """
     weights, meta = strip_module(find_state_dict(checkpoint, filename)[0]), find_meta(checkpoint, filename)
-    if not kernels_of(weights) and any(COLUMN.match(key) for key in weights):
+    others = not kernels_of(weights) or any(map(HRNET_PATH.search, weights))
+    if others and any(map(COLUMN.match, weights)):
         check_weights(weights, filename)
         published, size = dict(meta=find_dataset_meta(checkpoint, filename), state_dict=OrderedDict(weights)), {}
     else:

@@ -15,9 +15,9 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, publish_checkpoint, read_checkpoint
-from revcol_mm.converters import is_official, todays_checkpoint
-from revcol_mm.models import RevCol, RevColC2f, RevColViT
-from tests.common import CONFIGS, DATA, load_tool, mostly_slow
+from revcol_mm.converters import is_official, pad_checkpoint, todays_checkpoint
+from revcol_mm.models import HRNetColumns, RevCol, RevColC2f, RevColViT, RevNetConvNeXt
+from tests.common import CONFIGS, DATA, load_tool, mostly_slow, small_arch
 
 SHAPES = json.loads(gzip.decompress((DATA / 'official_state_dict_shapes.json.gz').read_bytes()))
 DIVISORS = dict(tiny=16, small=16, base=18, large=32, xlarge=56, huge=90)  # of the widths, down to C0 = 4
@@ -487,7 +487,8 @@ def test_publishing_as_safetensors(tmp_path):
 
 @pytest.mark.parametrize('backbone', [
     RevColViT(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=2, num_columns=2), img_size=32),
-    RevColC2f(dict(channels=(4, 6, 8, 10), depths=(1, 1, 1, 1), num_columns=2))], ids=lambda value: type(value).__name__)
+    RevColC2f(dict(channels=(4, 6, 8, 10), depths=(1, 1, 1, 1), num_columns=2)), HRNetColumns(small_arch(2)),
+    RevNetConvNeXt(dict(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1)))], ids=lambda value: type(value).__name__)
 def test_models_with_our_other_backbones_are_published_with_less_of_a_description(tmp_path, backbone):
     weights = {f'backbone.{name}': value for name, value in backbone.state_dict().items()}
     weights['head.cls.classifier.1.weight'] = torch.ones(5, 8)
@@ -499,9 +500,14 @@ def test_models_with_our_other_backbones_are_published_with_less_of_a_descriptio
     assert (description['task'], description['num_classes'], description['trained']) == ('classification', 5, dict(epoch=2))
     assert description['classes'] == list('abcde') and 'arch' not in description and 'kernel_size' not in description
     assert description['backbone_parameters'] == sum(parameter.numel() for parameter in backbone.parameters())
-    weights['backbone.subnet0.alpha0'] = weights['backbone.subnet0.alpha0'] * float('nan')
-    with pytest.raises(CheckpointError, match='NaN or infinite values: backbone.subnet0.alpha0'):
+    weights['backbone.stem.0.weight'] = torch.full((8, 3, 4, 4), float('nan'))
+    with pytest.raises(CheckpointError, match='NaN or infinite values: backbone.stem.0.weight'):
         publish_checkpoint(save(contents, tmp_path / 'run.pth'))
+
+
+def test_columns_with_hrnets_paths_are_not_taken_for_revcols():
+    with pytest.raises(CheckpointError, match="x.pth must hold a RevCol, but its columns are not RevCol's: they are"):
+        pad_checkpoint(HRNetColumns(small_arch(2)).state_dict(), 7, filename='x.pth')
 
 
 def test_publishing_writes_two_formats_and_no_other(tmp_path):
