@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.client
+import logging
 import os
 import sys
 from typing import Any, Iterator
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .files import check_bytes, put_in_place
-from .safe import CheckpointError, load_from_local, load_from_safetensors, read_checkpoint
+from .safe import CheckpointError, load_from_local, read_checkpoint
 from .zoo import Entry, find_published
 
 try:
@@ -39,7 +40,7 @@ def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
     mmengine's further arguments are ignored.
 
     Raises:
-        CheckpointError: if the file cannot be downloaded. The errors of :func:`~.safe.load_from_local` are raised too.
+        CheckpointError: if the file cannot be downloaded or read. The message names the copy in the cache.
     """
     rank, world_size = get_dist_info()
     if world_size > 1:
@@ -47,9 +48,11 @@ def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
             download(filename)
         torch.distributed.barrier()
     path = download(filename)  # downloads again on a machine that does not share the cache of process 0
-    if path.endswith('.safetensors'):
-        return load_from_safetensors(path, map_location)
-    return load_from_local(path, map_location)
+    try:
+        return read_checkpoint(path, map_location, logger='silent')
+    except CheckpointError as error:
+        reason = str(error).replace(path, filename)
+        raise CheckpointError(f'{reason}. It was read from {path}: remove this file first') from None
 
 
 def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
@@ -91,14 +94,11 @@ def download(url: str) -> str:
         return path
     if mirror:
         address = f'{mirror.rstrip("/")}/{name}'
-    stem, extension = os.path.splitext(name)
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
-    path, part = os.path.join(folder, name), os.path.join(folder, f'.partial-{name}')
+    path, part = _places(url)
     if os.path.exists(path):
         return path
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with _own(part):
             if not os.path.exists(path):  # another process may have downloaded it in the meantime
                 print(f'Downloading {address} to {path}', file=sys.stderr)
@@ -109,6 +109,30 @@ def download(url: str) -> str:
         raise CheckpointError(f'{path} could not be written: {error.strerror or error}. Make room, or name another cache with '
                               'the environment variable TORCH_HOME') from None
     return path
+
+
+def remove_damaged(url: str) -> None:
+    """Removes the copy of a file in torch's cache if it is damaged, so that :func:`download` downloads it once more.
+
+    The whole copy is read; see :func:`~.files.check_bytes`.
+    """
+    path, part = _places(url)
+    with contextlib.suppress(OSError):  # a cache of others, in which nothing can be removed
+        if os.path.exists(path):
+            with _own(part):
+                if os.path.exists(path):  # no other process has removed it in the meantime
+                    try:
+                        _check_contents(path, path, find_published(url))
+                    except CheckpointError as error:
+                        print_log(f'{error}. It was the copy of {url}, and is removed', 'current', logging.WARNING)
+
+
+def _places(url: str) -> tuple[str, str]:
+    """Where the cache has a file, and the part of it that has arrived."""
+    stem, extension = os.path.splitext(os.path.basename(urlparse(url).path))
+    name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    return os.path.join(folder, name), os.path.join(folder, f'.partial-{name}')
 
 
 @contextlib.contextmanager
@@ -190,7 +214,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _check_contents(part: str, address: str, published: Entry | None) -> None:
-    """Removes a complete download that is not what it should be.
+    """Removes a complete file that is not what it should be.
 
     Raises:
         CheckpointError: with the reason, which names the address.

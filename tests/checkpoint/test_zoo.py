@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from revcol_mm.apis.checks.files import check_checkpoint
 from revcol_mm.checkpoint import CheckpointError, read_checkpoint, zoo
 from revcol_mm.checkpoint import download as downloads
 from revcol_mm.checkpoint.download import download
@@ -179,6 +180,21 @@ def test_damaged_contents_are_not_kept(server, weights, tmp_path, damage):
     with pytest.raises(CheckpointError, match=r'^http://127\.0\.0\.1:\d+/revcol_tiny_1k\.pth (is damaged|cannot be read)'):
         download(URL)
     assert cached(tmp_path) == []
+
+
+def test_a_copy_that_was_damaged_in_the_cache_is_named_and_downloaded_once_more_before_a_run(server, weights, tmp_path):
+    server.files['revcol_tiny_1k.pth'] = weights
+    path, half = Path(download(URL)), len(weights) // 2
+    check_checkpoint('zoo:revcol_t_in1k', 'load_from')
+    assert path.exists()
+    path.write_bytes(weights[:half])
+    with pytest.raises(CheckpointError, match=f'^{URL} cannot be read .* It was read from {path}: remove this file first'):
+        read_checkpoint(URL)
+    for damaged in (weights[:half], weights[:half] + bytes(byte ^ 1 for byte in weights[half:half + 8]) + weights[half + 8:]):
+        path.write_bytes(damaged)
+        check_checkpoint('zoo:revcol_t_in1k', 'load_from')
+        assert not path.exists() and download(URL) == str(path) and path.read_bytes() == weights
+    assert cached(tmp_path) == [path.name] and len(server.requests) == 3
 
 
 @pytest.mark.parametrize('place', ['server', 'folder'])

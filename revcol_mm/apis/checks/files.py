@@ -12,8 +12,10 @@ import torch
 from mmengine.config import Config
 
 from ...checkpoint import read_checkpoint
+from ...checkpoint.download import remove_damaged
 from ...checkpoint.files import check_bytes
 from ...checkpoint.safe import is_local
+from ...checkpoint.zoo import PREFIX, find_address
 from ...converters import is_official
 from ..errors import LaunchError
 from .common import as_list
@@ -162,6 +164,8 @@ def _check_exists(path: str | None, argument: str, remedy: str = '') -> None:
 def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> None:
     """Checks a local checkpoint before anything is built. A folder is a checkpoint of FSDP: only its bytes are checked.
 
+    Of a URL, only the copy in the cache is checked, and removed if it is damaged.
+
     Args:
         path (str | None): the file; None is not checked.
         argument (str): the argument that names it.
@@ -171,7 +175,11 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
         LaunchError: if it does not exist, or is a file of which mmengine would load nothing and only warn.
         CheckpointError: if it cannot be read, or its bytes are not those that were written.
     """
-    if not path or not is_local(path):
+    if not path:
+        return
+    if not is_local(path):
+        if path.startswith(('http://', 'https://', PREFIX)):
+            remove_damaged(find_address(path))
         return
     if osp.isdir(osp.expanduser(path)):
         _check_folder(osp.expanduser(path), argument)
