@@ -16,6 +16,7 @@ from revcol_mm.apis.config import load_named_config  # noqa: E402
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
 from revcol_mm.checkpoint import read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
+from revcol_mm.checkpoint.safe import local_name  # noqa: E402
 from revcol_mm.checkpoint.zoo import find_address  # noqa: E402
 from revcol_mm.converters import export_official, import_checkpoint  # noqa: E402
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config = load_named_config(args.config) if args.config else None
     args.checkpoint = find_address(args.checkpoint, config and config.filename)
-    stem, extension = os.path.splitext(os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint)
+    stem, extension = os.path.splitext(local_name(args.checkpoint))
     out = args.out or f'{stem}_{"official" if args.to_official else "mm"}{extension}'
     check_output(out, args.checkpoint, args.force)
     checkpoint = read_checkpoint(args.checkpoint, logger='silent')

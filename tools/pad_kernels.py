@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works
 from revcol_mm.apis.errors import plain_errors  # noqa: E402
 from revcol_mm.checkpoint import CheckpointError, read_checkpoint  # noqa: E402
 from revcol_mm.checkpoint.files import check_output, write_checkpoint, write_whole  # noqa: E402
+from revcol_mm.checkpoint.safe import local_name  # noqa: E402
 from revcol_mm.checkpoint.zoo import find_address  # noqa: E402
 from revcol_mm.converters import PaddingReport, pad_checkpoint  # noqa: E402
 
@@ -54,8 +55,7 @@ def _size_or_name(argument: str) -> int | str:
 
 def output_name(args: argparse.Namespace, size: int) -> str:
     if args.out is None:
-        source = os.path.basename(args.checkpoint) if '://' in args.checkpoint else args.checkpoint
-        stem, extension = os.path.splitext(source)
+        stem, extension = os.path.splitext(local_name(args.checkpoint))
         return f'{stem}_k{size}{extension}'
     if len(set(args.size)) > 1 and '{size}' not in args.out:
         raise CheckpointError(f"--out must contain '{{size}}' when there are several sizes, but got {args.out}")

@@ -8,7 +8,6 @@ import os
 import sys
 from typing import Any, Iterator
 from urllib.error import HTTPError
-from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .files import check_bytes, put_in_place
-from .safe import CheckpointError, load_from_local, read_checkpoint
+from .safe import CheckpointError, load_from_local, local_name, read_checkpoint
 from .zoo import Entry, find_published
 
 try:
@@ -82,7 +81,7 @@ def download(url: str) -> str:
         CheckpointError: if the file cannot be had, is not complete, or is not what it should be. What a broken connection left
             is kept beside the final name, and the next call goes on from there.
     """
-    published, address, name = find_published(url), url, os.path.basename(urlparse(url).path)
+    published, address, name = find_published(url), url, local_name(url)
     mirror = os.environ.get(MIRROR) if published else None
     if mirror and '://' not in mirror:
         path = os.path.join(os.path.expanduser(mirror), name)
@@ -129,7 +128,7 @@ def remove_damaged(url: str) -> None:
 
 def _places(url: str) -> tuple[str, str]:
     """Where the cache has a file, and the part of it that has arrived."""
-    stem, extension = os.path.splitext(os.path.basename(urlparse(url).path))
+    stem, extension = os.path.splitext(local_name(url))
     name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     return os.path.join(folder, name), os.path.join(folder, f'.partial-{name}')

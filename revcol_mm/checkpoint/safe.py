@@ -134,6 +134,16 @@ def is_local(filename: str) -> bool:
     return '://' not in filename and not filename.startswith('zoo:')
 
 
+def without_query(url: str) -> str:
+    """A URL up to its file, without ``?download=true`` and the like."""
+    return url.partition('#')[0].partition('?')[0]
+
+
+def local_name(address: str) -> str:
+    """The path of a file for a local one, and otherwise the name of the file, which stands for one in the present folder."""
+    return address if is_local(address) else os.path.basename(without_query(address))
+
+
 def read_checkpoint(filename: str, map_location: str | torch.device = 'cpu', logger: str | None = 'current') -> Any:
     """Reads a checkpoint without running code from it.
 

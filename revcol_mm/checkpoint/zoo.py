@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..utils.configs import config_folder
-from .safe import CheckpointError
+from .safe import CheckpointError, without_query
 
 NAME, PREFIX = 'zoo', 'zoo:'
 SIZES = ('t', 's', 'b', 'l', 'xl', 'h')  # of RevCol, in the order of their parameters
@@ -59,7 +59,7 @@ def read_index() -> dict[str, Entry]:
 
 def find_published(url: str) -> Entry | None:
     """Returns the config whose published weights have this address; None for an address that the model index does not have."""
-    return next((entry for entry in read_index().values() if entry.url == url), None)
+    return next((entry for entry in read_index().values() if entry.url == without_query(url)), None)
 
 
 def find_address(checkpoint: str, config: str | None = None) -> str:

@@ -14,7 +14,7 @@ from ..checkpoint.files import check_folder, check_output, put_in_place, write_c
 from ..checkpoint.kernels import kernels_of
 from ..checkpoint.loading import COUNTERS, check_weights, find_meta, find_state_dict, strip_module
 from ..checkpoint.names import count_dtypes, find_dataset_meta, find_num_classes, find_task
-from ..checkpoint.safe import CheckpointError, read_checkpoint
+from ..checkpoint.safe import CheckpointError, local_name, read_checkpoint
 from ..version import __version__
 from .backbone import HRNET_PATH
 from .importing import import_checkpoint
@@ -78,7 +78,7 @@ def publish_checkpoint(source: str, out: str | None = None, force: bool = False)
             be written.
         FileNotFoundError: if there is no source.
     """
-    stem, extension = os.path.splitext(out or (os.path.basename(source) if '://' in source else source))
+    stem, extension = os.path.splitext(out or local_name(source))
     if extension not in EXTENSIONS:
         if out and extension:
             raise CheckpointError(f'the output {out} must end in .pth or .safetensors, but ends in {extension}')

@@ -6,6 +6,7 @@ import http.server
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from revcol_mm.apis.checks.files import check_checkpoint
 from revcol_mm.checkpoint import CheckpointError, read_checkpoint, zoo
 from revcol_mm.checkpoint import download as downloads
 from revcol_mm.checkpoint.download import download
-from revcol_mm.checkpoint.zoo import Entry, find_address, find_nearest, read_index
+from revcol_mm.checkpoint.safe import local_name
+from revcol_mm.checkpoint.zoo import Entry, find_address, find_nearest, find_published, read_index
 from revcol_mm.models import RevCol
-from tests.common import CONFIGS, run_tool, small_arch
+from tests.common import CONFIGS, load_tool, run_tool, small_arch
 
 RELEASE = 'https://github.com/megvii-research/RevCol/releases/download/checkpoint'
 URL = f'{RELEASE}/revcol_tiny_1k.pth'  # of revcol_t_in1k
@@ -132,6 +134,15 @@ def test_files_of_the_model_index_have_names_of_their_own():
     """A mirror is one folder."""
     urls = [entry.url for entry in read_index().values() if entry.url]
     assert len({url.rpartition('/')[2] for url in urls}) == len(urls) == 20
+
+
+def test_a_query_is_no_part_of_a_files_name():
+    url = f'{URL}?download=true'
+    assert find_published(url).name == 'revcol_t_in1k' and find_published(f'{RELEASE}/other.pth?x={URL}') is None
+    assert local_name(url) == 'revcol_tiny_1k.pth' and local_name('s3://bucket/a/b.safetensors#1') == 'b.safetensors'
+    assert local_name('folder/what?.pth') == 'folder/what?.pth'
+    name = load_tool('pad_kernels').output_name(SimpleNamespace(out=None, checkpoint=url.replace('.pth', '.safetensors')), 7)
+    assert name == 'revcol_tiny_1k_k7.safetensors'
 
 
 # Downloads
