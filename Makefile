@@ -13,14 +13,14 @@ TEST := -m pytest -n 2 --dist worksteal --durations=40
 
 demo: demo-pretrain
 	$(RUN) tools/train.py configs/demo/cascade_rcnn_revcol_nano_digits.py --work-dir work_dirs/demo \
-		--cfg-options load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)
-	$(RUN) tools/test.py configs/demo/cascade_rcnn_revcol_nano_digits.py $$(cat work_dirs/demo/last_checkpoint) \
+		--cfg-options "load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)"
+	$(RUN) tools/test.py configs/demo/cascade_rcnn_revcol_nano_digits.py "$$(cat work_dirs/demo/last_checkpoint)" \
 		--work-dir work_dirs/demo --show-dir work_dirs/demo/pictures
 
 demo-seg: demo-pretrain
 	$(RUN) tools/train.py configs/demo/upernet_revcol_nano_digits.py --work-dir work_dirs/demo-seg \
-		--cfg-options load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)
-	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py $$(cat work_dirs/demo-seg/last_checkpoint) \
+		--cfg-options "load_from=$$(cat work_dirs/demo-pretrain/last_checkpoint)"
+	$(RUN) tools/test.py configs/demo/upernet_revcol_nano_digits.py "$$(cat work_dirs/demo-seg/last_checkpoint)" \
 		--work-dir work_dirs/demo-seg --show-dir work_dirs/demo-seg/pictures
 
 # What the detector and the segmentor of the demos start from.
@@ -31,7 +31,7 @@ demo-pretrain: setup
 demo-cls: setup
 	$(RUN) tools/make_digits.py data/digits
 	$(RUN) tools/train.py configs/demo/revcol_nano_digits_cls.py --work-dir work_dirs/demo-cls
-	$(RUN) tools/test.py configs/demo/revcol_nano_digits_cls.py $$(cat work_dirs/demo-cls/last_checkpoint) --work-dir work_dirs/demo-cls
+	$(RUN) tools/test.py configs/demo/revcol_nano_digits_cls.py "$$(cat work_dirs/demo-cls/last_checkpoint)" --work-dir work_dirs/demo-cls
 
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) $(TEST) -m 'not slow'

@@ -4,6 +4,8 @@ import argparse
 import importlib.util
 import os
 import os.path as osp
+import re
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
@@ -19,7 +21,15 @@ CHECKPOINT = ("weights of the whole model: a file or a URL, also of the authors'
 
 
 class _Settings(DictAction):
-    """mmengine's action, with an error message for a setting that is not KEY=VALUE."""
+    """mmengine's action, which removes blanks from values, for settings that may be paths with blanks.
+
+    A setting that is not KEY=VALUE gets an error message.
+    """
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        single = not re.search(r"""^[(\['"]|,|['"]$""", val.strip())  # no list, no tuple, no quotes around it
+        return DictAction._parse_int_float_bool(val.strip()) if single else DictAction._parse_iterable(val)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
                  option_string: str | None = None) -> None:

@@ -1,8 +1,10 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """tools/train.py and tools/test.py on small models of all three packages, and what they say when something is missing."""
+import argparse
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +159,21 @@ def test_amp_resume_auto_scale_lr_and_cfg_options_mean_what_they_mean_in_mmdet(w
     assert not cfg.resume and cfg.load_from is None  # nothing to go on from yet
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=32)
     assert cfg.model.test_cfg.rcnn.max_per_img == 3 and cfg.work_dir == 'w'
+
+
+def test_a_value_of_cfg_options_keeps_its_blanks_unless_it_is_a_list():
+    parser = argparse.ArgumentParser()
+    config.add_config_options(parser)
+    values = {'path': '/my runs/bob (2).pth', 'number': ' 4 ', 'nothing': 'None', 'list': '[1, 2]', 'bare': 'a, b',
+              'tuple': '[(1, 2), (3, 4)]', 'quoted': '"[a, b]"'}
+    options = parser.parse_args(['--cfg-options', *(f'{key}={value}' for key, value in values.items())]).cfg_options
+    assert options == {'path': '/my runs/bob (2).pth', 'number': 4, 'nothing': None, 'list': [1, 2], 'bare': ['a', 'b'],
+                       'tuple': [(1, 2), (3, 4)], 'quoted': ['a', 'b']}
+
+
+def test_the_makefile_names_checkpoints_in_folders_with_blanks():
+    substituted = re.findall(r'.*\$\$\(cat .*', (ROOT / 'Makefile').read_text())
+    assert substituted and all(re.search(r' "(load_from=)?\$\$\(cat [^)]+\)"( |$)', line) for line in substituted)
 
 
 def test_resume_auto_starts_from_load_from_first_and_goes_on_from_the_runs_own_checkpoint_later(workshop, tmp_path, monkeypatch,
