@@ -20,7 +20,8 @@ from revcol_mm.converters import publish_checkpoint  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Publish a checkpoint')
     parser.add_argument('checkpoint', help='checkpoint file, URL or zoo:CONFIG_NAME')
-    parser.add_argument('--out', help='output without the hash, .pth or .safetensors. Default: the name of the checkpoint')
+    parser.add_argument('--out', help='output without the hash, .pth or .safetensors, or a folder. Default: the name of the '
+                        'checkpoint')
     parser.add_argument('--force', action='store_true', help='replace outputs that exist')
     args = parser.parse_args(argv)
     args.checkpoint = find_address(args.checkpoint)

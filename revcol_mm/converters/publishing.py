@@ -66,8 +66,8 @@ def publish_checkpoint(source: str, out: str | None = None, force: bool = False)
 
     Args:
         source (str): path or URL of the checkpoint.
-        out (str | None): path without the hash, ending in ``.pth`` or ``.safetensors``, or without an ending. Default: None,
-            the path of ``source``.
+        out (str | None): path without the hash, ending in ``.pth`` or ``.safetensors``, or without an ending; or a folder, for
+            the name of ``source`` in it. Default: None, the path of ``source``.
         force (bool): whether to replace existing files. Default: False.
 
     Returns:
@@ -78,7 +78,10 @@ def publish_checkpoint(source: str, out: str | None = None, force: bool = False)
             be written.
         FileNotFoundError: if there is no source.
     """
-    stem, extension = os.path.splitext(out or local_name(source))
+    name = local_name(source)
+    if out and (os.path.isdir(out) or not os.path.basename(out)):
+        name, out = os.path.join(out, os.path.basename(name)), None
+    stem, extension = os.path.splitext(out or name)
     if extension not in EXTENSIONS:
         if out and extension:
             raise CheckpointError(f'the output {out} must end in .pth or .safetensors, but ends in {extension}')

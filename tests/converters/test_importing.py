@@ -479,6 +479,17 @@ def test_publishing_the_same_weights_gives_the_same_name(tmp_path):
     assert Path(paths[0][0]).name == Path(paths[1][0]).name and sha(paths[0][0]) == sha(paths[1][0])
 
 
+def test_publishing_into_a_folder_keeps_the_name(tmp_path):
+    source = save(mmseg0(), tmp_path / 'seg.ckpt')
+    (tmp_path / 'published').mkdir()
+    for folder in ('published', 'published/'):
+        path, sidecar, _ = publish_checkpoint(source, str(tmp_path / folder), force=True)
+        assert sorted(os.listdir(tmp_path / 'published')) == sorted(map(os.path.basename, (path, sidecar)))
+        assert Path(path).name.startswith('seg-') and path.endswith('.pth')
+    with pytest.raises(CheckpointError, match='the output folder .*/none does not exist'):
+        publish_checkpoint(source, str(tmp_path / 'none') + os.sep)
+
+
 def test_publishing_as_safetensors(tmp_path):
     path, sidecar, description = publish_checkpoint(save(mmseg0(), tmp_path / 'seg.pth'), str(tmp_path / 'seg.safetensors'))
     assert path.endswith('.safetensors') and sidecar.endswith('.json') and description['num_classes'] == 150
