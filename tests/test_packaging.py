@@ -327,6 +327,21 @@ def test_wheel_is_kept_under_everything_it_depends_on(setup_env, monkeypatch, tm
     assert len({folder, *others}) == 4
 
 
+def test_a_folder_without_its_wheel_is_filled_again(setup_env, monkeypatch, tmp_path):
+    def fake(what, command, **changes):
+        if 'wheel' in command:
+            (command[command.index('-w') + 1] / 'mmcv-2.1.0-any.whl').touch()
+
+    monkeypatch.setattr(setup_env, 'run', fake)
+    monkeypatch.setenv('CXX', sys.executable)
+    (tmp_path / 'venv' / 'lib' / 'python3' / 'site-packages' / 'torch-2.12.1+cpu.dist-info').mkdir(parents=True)
+    folder = setup_env.wheel_folder('mmcv==2.1.0', '2.12.1')
+    folder.mkdir(parents=True)
+    (folder / 'notes.txt').touch()
+    setup_env.set_up(tmp_path / 'venv', ROOT / 'requirements' / 'mmcv.txt', 'mmcv==2.1.0')
+    assert os.listdir(folder) == ['mmcv-2.1.0-any.whl']
+
+
 @pytest.mark.parametrize('cuda', [False, True])
 def test_mmcv_is_built_for_cuda_only_when_that_is_asked_for(setup_env, monkeypatch, cuda):
     changed = []

@@ -154,6 +154,7 @@ def build(python, source, folder):
         command = [python, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--no-cache-dir', '-w', building, source]
         run(f'building {source}', command, MMCV_WITH_OPS='1', MAX_JOBS=str(len(os.sched_getaffinity(0))), **changes)
         install_wheel(python, building)
+        shutil.rmtree(folder, ignore_errors=True)  # one without a wheel
         os.rename(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -201,7 +202,7 @@ def set_up(venv, requirements, source):
         folder = wheel_folder(source, torch.name[len('torch-'):-len('.dist-info')].partition('+')[0])
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f'.{folder.name}.lock'), f'Waiting for another set-up that is building {source}.'):
-            if folder.is_dir():
+            if any(folder.glob('*.whl')):
                 say(f'Installing {source} from the wheel kept in {folder}')
                 install_wheel(python, folder)
             else:
