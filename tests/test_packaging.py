@@ -83,13 +83,15 @@ def test_wheel_carries_configs_tools_and_model_index(checkout, wheel):
     assert {name.split('/')[0] for name in names} == {'revcol_mm', f'revcol_mm-{revcol_mm.__version__}.dist-info'}
 
 
-def test_removed_config_is_not_in_the_next_wheel(checkout, wheel, tmp_path):
-    config = checkout / 'configs' / 'soon_removed.py'
-    config.write_text('')
+def test_removed_config_or_module_is_not_in_the_next_wheel(checkout, wheel, tmp_path):
+    removed = [checkout / folder / 'soon_removed.py' for folder in ('configs', 'revcol_mm')]
+    for file in removed:
+        file.write_text('')
     try:
         build('build_wheel', checkout, tmp_path)
     finally:
-        config.unlink()
+        for file in removed:
+            file.unlink()
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     with zipfile.ZipFile(build('build_wheel', checkout, tmp_path)) as archive:
