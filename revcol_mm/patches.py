@@ -57,7 +57,6 @@ def enable_safe_loading() -> None:
                              (download.load_from_openmmlab, ['open-mmlab://', 'openmmlab://'])):
         setattr(runner_checkpoint, loader.__name__, loader)  # the loaders of other schemes call these functions by name
         CheckpointLoader.register_scheme(prefixes=prefixes, loader=loader, force=True)
-    CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$', loader=safe.load_from_safetensors, force=True)
     CheckpointLoader.register_scheme(prefixes=zoo.PREFIX, loader=load_from_zoo, force=True)
 
 

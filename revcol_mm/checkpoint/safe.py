@@ -81,7 +81,12 @@ def safe_globals() -> list:
 # The loaders replace mmengine's functions of the same names. mmengine's log shows the part of the name after 'load_from_'.
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """Loads a file. Raises FileNotFoundError if there is none, and the errors of :func:`torch.load` if it refuses the file."""
+    """Loads a file. Raises FileNotFoundError if there is none, and the errors of :func:`torch.load` if it refuses the file.
+
+    A file that ends in ``.safetensors`` is loaded by :func:`load_from_safetensors`.
+    """
+    if filename.endswith('.safetensors'):
+        return load_from_safetensors(filename, map_location)
     return torch.load(_local_path(filename), map_location=map_location, weights_only=True)
 
 
@@ -106,15 +111,21 @@ def load_from_pavi(filename: str, map_location: Any = None) -> Any:
 def load_from_ceph(filename: str, map_location: Any = None, backend: str = 'petrel') -> Any:
     """Loads from an object store, ``s3://…`` or ``petrel://…``, through mmengine's file backend."""
     contents = get_file_backend(filename, backend_args=dict(backend=backend)).get(filename)
+    if filename.endswith('.safetensors'):
+        return load_from_safetensors(filename, map_location, contents)
     return torch.load(io.BytesIO(contents), map_location=map_location, weights_only=True)
 
 
-def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Loads a file. Raises CheckpointError if it is damaged, if it has another format, or if safetensors is not installed."""
+def load_from_safetensors(filename: str, map_location: Any = None, contents: bytes | None = None) -> dict[str, Any]:
+    """Loads a file, or its contents if they are there already.
+
+    Raises CheckpointError if it is damaged, if it has another format, or if safetensors is not installed.
+    """
     safetensors = import_safetensors()
     try:
         device = str(map_location or 'cpu')
-        weights = safetensors.torch.load_file(_local_path(filename), device='cpu' if device == 'meta' else device)
+        weights = safetensors.torch.load(contents) if contents is not None else safetensors.torch.load_file(
+            _local_path(filename), device='cpu' if device == 'meta' else device)
         return {key: value.to(device) for key, value in weights.items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f'{filename} must be a safetensors file, but is damaged or another file: {error}') from None

@@ -24,6 +24,7 @@ from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from safetensors.torch import save_file
 from torch import nn
 
 from revcol_mm.apis import train
@@ -196,7 +197,6 @@ def test_a_url_loads_and_a_missing_one_gets_a_sentence(served):
 
 
 def test_safetensors_load_from_path_and_url_wherever_mmengine_loads(served):
-    from safetensors.torch import save_file
     folder, url = served
     weights = RevCol(NANO).state_dict()
     save_file(weights, folder / 'weights.safetensors')
@@ -208,7 +208,6 @@ def test_safetensors_load_from_path_and_url_wherever_mmengine_loads(served):
 
 @pytest.mark.parametrize('name', ['best.pth', 'best.safetensors', 'best.pth?download=true'])
 def test_files_of_the_same_name_from_two_addresses_are_kept_apart(served, tmp_path, name):
-    from safetensors.torch import save_file
     folder, url = served
     file = name.partition('?')[0]
     for value, run in enumerate(('one', 'two')):
@@ -286,23 +285,24 @@ def stores(monkeypatch, tmp_path, served):
     folder, url = served
 
     class Model:
-        name = 'trap.pth'
+        def __init__(self, name):
+            self.name = name
 
         def download(self, path):
-            Path(path).write_bytes((folder / 'trap.pth').read_bytes())
+            Path(path).write_bytes((folder / self.name).read_bytes())
 
     class Store:
         def get(self, address):
-            return (folder / 'trap.pth').read_bytes()
+            return (folder / os.path.basename(address)).read_bytes()
 
-    monkeypatch.setitem(sys.modules, 'pavi', SimpleNamespace(modelcloud=SimpleNamespace(get=lambda name: Model())))
+    monkeypatch.setitem(sys.modules, 'pavi', SimpleNamespace(modelcloud=SimpleNamespace(get=Model)))
     monkeypatch.setattr('revcol_mm.checkpoint.safe.get_file_backend', lambda *args, **kwargs: Store())
     monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {
         'at_home': 'trap.pth', 'online': f'{url}/trap.pth'})
     for name in ('torchvision', 'mmcls'):
         monkeypatch.setattr(f'mmengine.runner.checkpoint.get_{name}_models', lambda: {'net': f'{url}/trap.pth'})
     monkeypatch.setattr('mmengine.runner.checkpoint._get_mmengine_home', lambda: str(folder))
-    return [str(folder / 'trap.pth'), f'{url}/trap.pth', 'pavi://trap', 's3://bucket/trap.pth', 'petrel://bucket/trap.pth',
+    return [str(folder / 'trap.pth'), f'{url}/trap.pth', 'pavi://trap.pth', 's3://bucket/trap.pth', 'petrel://bucket/trap.pth',
             'open-mmlab://at_home', 'openmmlab://online', 'torchvision://net', 'modelzoo://net', 'mmcls://net']
 
 
@@ -325,6 +325,15 @@ def test_every_loader_of_mmengine_loads_weights(stores, served):
     for address in stores:
         loaded = CheckpointLoader.load_checkpoint(address)
         assert torch.equal(loaded['state_dict'].popitem()[1], torch.ones(2)), address
+
+
+def test_safetensors_load_from_every_store(stores, served):
+    save_file({'backbone.w': torch.ones(2)}, served[0] / 'trap.safetensors')
+    for address in ('pavi://trap.safetensors', 's3://bucket/trap.safetensors', 'cluster:petrel://bucket/trap.safetensors'):
+        assert read_checkpoint(address)['backbone.w'].tolist() == [1, 1], address
+    (served[0] / 'trap.safetensors').write_bytes(b'nothing')
+    with pytest.raises(CheckpointError, match='^s3://bucket/trap.safetensors must be a safetensors file, but is damaged'):
+        read_checkpoint('s3://bucket/trap.safetensors')
 
 
 def test_the_import_leaves_the_environment_and_the_users_own_pickles_alone(tmp_path):
