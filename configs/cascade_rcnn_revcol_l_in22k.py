@@ -8,4 +8,4 @@ model = dict(
             checkpoint='https://github.com/megvii-research/RevCol/releases/download/checkpoint/revcol_large_22k.pth')),
     neck=dict(in_channels=[128, 256, 512, 1024]))
 
-optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.85), optimizer=dict(lr=1e-4))  # the paper: layer decay 0.8
+optim_wrapper = dict(optimizer=dict(lr=1e-4))  # layer decay 0.85, as in the base; the paper: 0.8

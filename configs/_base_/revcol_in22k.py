@@ -13,8 +13,7 @@ test_cfg = None
 
 model = dict(
     backbone=dict(arch='base', drop_path_rate=0.3),
-    head=dict(num_classes=21841, in_channels=(72, 144, 288, 576), score_every_head=False),
-    train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]))
+    head=dict(num_classes=21841, in_channels=(72, 144, 288, 576), score_every_head=False))
 
 optim_wrapper = dict(
     optimizer=dict(lr=1.25e-4 * 4096 / 1024, weight_decay=0.1),

@@ -1,9 +1,6 @@
 # Mask2Former as for ADE20K, narrowed, on the bundled digits' semantic maps.
 _base_ = ['../_base_/mask2former_revcol.py', '_base_/digits_semantic.py']
 
-custom_imports = dict(
-    imports=['revcol_mm', 'revcol_mm.segmentation', 'mmdet.models'], allow_failed_imports=False)
-
 width = 64
 num_classes = 11
 attention = dict(embed_dims=width)

@@ -2,9 +2,6 @@
 # revcol_nano_digits_pretrain.py makes (`load_from`).
 _base_ = ['../_base_/upernet_revcol.py', '_base_/digits_semantic.py']
 
-custom_imports = dict(
-    imports=['revcol_mm', 'revcol_mm.segmentation'], allow_failed_imports=False)
-
 norm = dict(type='BN')
 # Seven pixels in eight are background. With a small weight on it the classes are learned early (auxiliary head); with a larger
 # weight the outlines become tighter (decode head). mmseg's weighted loss raises an IndexError on padded pixels, so images must
