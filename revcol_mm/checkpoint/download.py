@@ -98,7 +98,7 @@ def download(url: str) -> str:
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _own(part):
+        with _exclusive(part):
             if not os.path.exists(path):  # another process may have downloaded it in the meantime
                 print(f'Downloading {address} to {path}', file=sys.stderr)
                 _fetch(address, part, published)
@@ -118,7 +118,7 @@ def remove_damaged(url: str) -> None:
     path, part = _places(url)
     with contextlib.suppress(OSError):  # a cache of others, in which nothing can be removed
         if os.path.exists(path):
-            with _own(part):
+            with _exclusive(part):
                 if os.path.exists(path):  # no other process has removed it in the meantime
                     try:
                         _check_contents(path, path, find_published(url))
@@ -135,8 +135,11 @@ def _places(url: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _own(part: str) -> Iterator[None]:
-    """A context in which no other process writes this file; it waits for them. An empty file is removed at its end."""
+def _exclusive(part: str) -> Iterator[None]:
+    """While this context is open, no other process writes the file.
+
+    If another process has it, we wait. An empty file is deleted at the end.
+    """
     while True:
         with open(part, 'ab') as file:
             if fcntl is not None:
