@@ -30,7 +30,7 @@ from torch import nn
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
-from ..checkpoint.safe import some
+from ..checkpoint.safe import first_names
 from ..checkpoint.zoo import find_address
 from ..converters import todays_checkpoint
 from ..runtime import EXTENSIONS, TOP, encode_map, encode_picture
@@ -223,7 +223,7 @@ def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequen
     classes = order or given
     if classes:
         print('warning: the checkpoint names no classes, so that its labels are taken for those of the data'
-             f'{", in the order of their file" * bool(order)}: ({some(classes, 10)})', file=sys.stderr)
+             f'{", in the order of their file" * bool(order)}: ({first_names(classes, 10)})', file=sys.stderr)
     return classes, palette
 
 
@@ -389,7 +389,8 @@ class Numbering:
                               "of test_dataloader has the names of the model's classes: add metainfo=dict(classes=(…)) to it")
         missing = [name for name in classes if name not in self.names]
         if missing:
-            raise LaunchError(f'{self.source} must have all categories that the model predicts, but has no {some(missing)}')
+            raise LaunchError(f'{self.source} must have all categories that the model predicts, but has no '
+                              f'{first_names(missing)}')
         self.categories = {label: self.names[name] for label, name in enumerate(classes)}
 
     def image(self, path: str, index: int) -> int:

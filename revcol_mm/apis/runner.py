@@ -22,7 +22,7 @@ from .. import ops
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import compare_kernels
 from ..checkpoint.loading import find_differences
-from ..checkpoint.safe import some
+from ..checkpoint.safe import first_names
 from ..converters import todays_checkpoint
 from ..engine.workers import WorkersEndWithTraining
 from .checks import place_of_backbones
@@ -116,8 +116,8 @@ class CheckedLoading:
     def _check_some_fit(self, filename: str) -> None:
         own, weights = self._shapes_and_weights(filename)
         if own and not any(key in own and value.shape == own[key] for key, value in weights.items()):
-            raise CheckpointError(f"none of the weights of {filename} ({some(weights, 2)}) fits the config's model "
-                                  f'({some(own, 2)}). {place_of_backbones(filename)}')
+            raise CheckpointError(f"none of the weights of {filename} ({first_names(weights, 2)}) fits the config's model "
+                                  f'({first_names(own, 2)}). {place_of_backbones(filename)}')
         pads = any(getattr(module, 'pad_pretrained', False) for module in self._model().modules())
         kernels = compare_kernels(own, weights, filename, pads)
         if kernels:

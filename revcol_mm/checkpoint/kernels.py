@@ -7,7 +7,7 @@ from typing import Mapping
 import torch
 from torch import Tensor, nn
 
-from .safe import CheckpointError, some
+from .safe import CheckpointError, first_names
 
 KERNEL = re.compile(r'(?P<prefix>(?:.*\.)?)(?P<name>subnet\d+\.level\d\.blocks\.\d+\.dwconv\.weight)')
 STD = 1e-7  # standard deviation of the border, as in the paper
@@ -34,7 +34,7 @@ def kernel_size_of(kernels: Mapping[str, Tensor], filename: str) -> int:
         by_size[value.shape[-1]].append(key)
     if len(by_size) > 1:
         raise CheckpointError(f'{filename} has kernels of mixed sizes, but all kernels of a RevCol have one size: ' + '; '.join(
-            f'{size}×{size} in {len(keys)} ({some(keys, 2)})' for size, keys in sorted(by_size.items())))
+            f'{size}×{size} in {len(keys)} ({first_names(keys, 2)})' for size, keys in sorted(by_size.items())))
     return next(iter(by_size))
 
 

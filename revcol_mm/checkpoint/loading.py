@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .kernels import compare_kernels, pad_on_load
-from .safe import CheckpointError, read_checkpoint, some
+from .safe import CheckpointError, first_names, read_checkpoint
 
 #: Buffer that marks a folded network (``RevCol.switch_to_deploy``) in its state dict.
 FOLDED = 'deployed'
@@ -34,10 +34,11 @@ def find_state_dict(checkpoint: Any, filename: str) -> tuple[dict[str, Tensor], 
             weights = {key: value for key, value in entries if isinstance(value, Tensor)}
             nameless = [key for key in weights if not isinstance(key, str)]
             if nameless:
-                raise CheckpointError(f'{filename}: the names of weights must be strings, but got {some(map(repr, nameless))}')
+                raise CheckpointError(f'{filename}: the names of weights must be strings, but got '
+                                      f'{first_names(map(repr, nameless))}')
             if weights:
                 return weights, wrapping
-    found = f'the keys {some(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
+    found = f'the keys {first_names(checkpoint)}' if isinstance(checkpoint, Mapping) else f'a {type(checkpoint).__name__}'
     raise CheckpointError(f"{filename} holds no weights: it must be a state dict, {{'state_dict': …}} or {{'model': …}}, but "
                           f'holds {found}')
 
@@ -75,8 +76,8 @@ def find_prefix(weights: Iterable[str], names: Iterable[str]) -> str:
     found = min(count, key=lambda prefix: (-count[prefix], len(prefix)), default='')
     equal = [prefix for prefix in count if (count[prefix], len(prefix)) == (count[found], len(found))]
     if len(equal) > 1 and 2 * count[found] > len(names):
-        raise CheckpointError(f'the checkpoint must hold one such network, but holds {len(equal)}, under {some(equal)}: name '
-                              "one of these as prefix, for a backbone in init_cfg=dict(type='Pretrained', prefix=…)")
+        raise CheckpointError(f'the checkpoint must hold one such network, but holds {len(equal)}, under {first_names(equal)}: '
+                              "name one of these as prefix, for a backbone in init_cfg=dict(type='Pretrained', prefix=…)")
     return found
 
 
@@ -119,7 +120,8 @@ def load_pretrained(module: nn.Module,
     found = {key: value for key, value in inside.items() if key in own}
     if not found:
         raise CheckpointError(f'{checkpoint} holds no weights of {name}' + (f' under {prefix!r}' if prefix else '') +
-                              f': its names are {some(weights)}, but {name} needs {some(own)}: give another checkpoint')
+                              f': its names are {first_names(weights)}, but {name} needs {first_names(own)}: give another '
+                              'checkpoint')
     check_weights(found, checkpoint)
     if getattr(module, 'pad_pretrained', False):
         pad_on_load(module, found, '')
@@ -161,11 +163,11 @@ def check_weights(weights: Mapping[str, Tensor], filename: str) -> None:
             unfit.append(f'{key} ({value.dtype})')
     if unfit:
         raise CheckpointError(f'{filename}: all weights must be dense and of float16, bfloat16, float32 or float64, but '
-                              f'{len(unfit)} weights are not: {some(unfit)}. Convert them, and save the file again')
+                              f'{len(unfit)} weights are not: {first_names(unfit)}. Convert them, and save the file again')
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
-        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {some(bad)}. All weights must be '
-                              'finite: take an earlier checkpoint')
+        raise CheckpointError(f'{filename}: {len(bad)} weights hold NaN or infinite values: {first_names(bad)}. All weights '
+                              'must be finite: take an earlier checkpoint')
 
 
 def find_differences(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], filename: str,
@@ -182,7 +184,7 @@ def find_differences(shapes: Mapping[str, torch.Size], weights: Mapping[str, Ten
     surplus = [key for key in weights if key not in shapes]
     different = [f'{key} {tuple(value.shape)} instead of {tuple(shapes[key])}' for key, value in weights.items()
                  if key in shapes and value.shape != shapes[key]]
-    found = [f'{len(names)} weights {word}: {some(names)}' for names, word in (
+    found = [f'{len(names)} weights {word}: {first_names(names)}' for names, word in (
         (missing, 'are missing'), (surplus, 'have no place in the model'), (different, 'have another shape')) if names]
     kernels = compare_kernels(shapes, weights, filename)
     return '; '.join(found + [f'the file has {kernels}'] * bool(kernels))

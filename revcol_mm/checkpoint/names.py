@@ -6,7 +6,7 @@ from typing import Any, Mapping
 from torch import Tensor
 
 from .loading import find_meta
-from .safe import CheckpointError, some
+from .safe import CheckpointError, first_names
 
 # Part of the authors' classifiers -> prefix that mmpretrain puts before it. The names of detectors (mmdet 2) and segmentors
 # (mmseg 0.x) have not changed.
@@ -33,7 +33,7 @@ def todays_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str 
     unknown = [key for key in weights if _root(key) not in CLASSIFIER_PARTS]
     if unknown:
         raise CheckpointError(f"{filename} is of no known kind: the parts of the authors' classifiers are "
-                              f'{", ".join(CLASSIFIER_PARTS)}, but the file holds {some(unknown)}: give another file')
+                              f'{", ".join(CLASSIFIER_PARTS)}, but the file holds {first_names(unknown)}: give another file')
     return {key: f'{CLASSIFIER_PARTS[_root(key)]}.{key}' for key in weights}
 
 
@@ -48,8 +48,8 @@ def official_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, st
     names = {key: key.partition('.')[2] for key in weights}
     unknown = [key for key, name in names.items() if CLASSIFIER_PARTS.get(_root(name)) != key.split('.')[0]]
     if unknown:
-        raise CheckpointError(f"{filename} holds weights that the authors' classification code does not have: {some(unknown)}. "
-                              'Remove them, or give a file without them')
+        raise CheckpointError(f"{filename} holds weights that the authors' classification code does not have: "
+                              f'{first_names(unknown)}. Remove them, or give a file without them')
     return names
 
 

@@ -209,7 +209,7 @@ def _explain(filename: str, message: str) -> CheckpointError:
                            'the state_dict() of the model')
 
 
-def some(names: Iterable[Any], limit: int = 4) -> str:
+def first_names(names: Iterable[Any], limit: int = 4) -> str:
     """Returns the first few of many names, as text for a message."""
     names = [str(name) for name in names]
     return ', '.join(names[:limit]) + (', …' if len(names) > limit else '') if names else '(none)'

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.kernels import KERNEL, kernel_size_of, kernels_of
 from ..checkpoint.loading import FOLDED, find_differences
-from ..checkpoint.safe import CheckpointError, some
+from ..checkpoint.safe import CheckpointError, first_names
 from ..models import RevCol
 
 #: A path of HRNetColumns between two columns. Its blocks have the names of RevCol's.
@@ -85,7 +85,7 @@ def _infer_arch(own: Mapping[str, Tensor], filename: str) -> dict:
         raise CheckpointError(f'{filename} holds only a part of a RevCol: it has no blocks of the levels {absent}')
     for what, numbers in (('columns', columns), *((f'blocks of level {level}', blocks[level]) for level in range(4))):
         if numbers != {str(number) for number in range(len(numbers))}:
-            listed = some(sorted(numbers, key=lambda number: (len(number), number)), 20)
+            listed = first_names(sorted(numbers, key=lambda number: (len(number), number)), 20)
             raise CheckpointError(f'{filename} holds an incomplete or inconsistent RevCol: its {what} must have the numbers 0, '
                                   f'1, … without gaps, but have {listed}')
     depths = tuple(map(len, blocks))

@@ -20,7 +20,7 @@ from ..checkpoint.names import (
     official_names,
     todays_names,
 )
-from ..checkpoint.safe import CheckpointError, some
+from ..checkpoint.safe import CheckpointError, first_names
 from ..utils.configs import build_on_meta
 from .backbone import Backbone, find_backbone
 
@@ -57,7 +57,7 @@ class ImportReport:
     def __str__(self) -> str:
         arch = self.backbone.arch if isinstance(self.backbone.arch, str) else (
             'custom, ' + ', '.join(f'{key}={value}' for key, value in self.backbone.arch.items()))
-        arrows = some((f'{old} → {new}' for old, new in self.renamed.items()), 2)
+        arrows = first_names((f'{old} → {new}' for old, new in self.renamed.items()), 2)
         return '\n'.join((
             f'task:        {self.task}' + (', with intermediate supervision' if self.supervised else ''),
             f'size:        {arch}',
@@ -202,7 +202,7 @@ def export_official(checkpoint: Mapping[str, Any], filename: str = 'the checkpoi
     check_weights(weights, filename)
     if not any(key.startswith('backbone.') for key in weights):
         raise CheckpointError(f"{filename} must hold names with 'backbone.', but its names are the authors' already, or of no "
-                              f'known kind ({some(weights)})')
+                              f'known kind ({first_names(weights)})')
     origin = find_meta(checkpoint, filename).get('revcol_mm') or {}
     if not isinstance(origin, Mapping) or not isinstance(origin.get('wrapping'), (str, type(None))):
         raise CheckpointError(f"{filename}: 'revcol_mm' of its 'meta' must be what an import writes, but is {origin!r:.100}: "
@@ -236,4 +236,4 @@ def _name(config: Config) -> str:
 
 def _by_part(names: list[str]) -> str:
     counts = Counter(name.split('.')[0] for name in names)
-    return f' ({some((f"{count} of {part}" for part, count in counts.items()), 8)})' if names else ''
+    return f' ({first_names((f"{count} of {part}" for part, count in counts.items()), 8)})' if names else ''

@@ -5,7 +5,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, Mapping, Sequence
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ..errors import LaunchError
 from .common import say, warn
 
@@ -54,11 +54,11 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
         unknown = {value for value in used if value not in known}
         if unknown & set(map(str, known)) or known & set(map(str, unknown)):
             raise LaunchError(f'every {key} in {path} must be a number if the id of its {what} is one, but one of both is a '
-                              f'text ({key} {some(sorted(unknown), 2)}): write numbers for both')
+                              f'text ({key} {first_names(sorted(unknown), 2)}): write numbers for both')
         if unknown:
             lost = [annotation['id'] for annotation in annotations if annotation[key] in unknown]
             warn(f'{path}: {len(lost)} of {len(annotations)} annotations are left out, because their {key} names no {what} of '
-                 f'the file (id {some(lost)})')
+                 f'the file (id {first_names(lost)})')
 
 
 def _columns(entries: list[dict], part: str, keys: Sequence[str], path: str) -> dict[str, list]:
@@ -74,7 +74,7 @@ def _columns(entries: list[dict], part: str, keys: Sequence[str], path: str) -> 
         key = error.args[0]
         lacking = [entry.get('id') for entry in entries if key not in entry]
         raise LaunchError(f'every entry of {part} in {path} must have {key}, but {len(lacking)} of {len(entries)} have none '
-                          f'(id {some(lacking)}): add {key} to them') from error
+                          f'(id {first_names(lacking)}): add {key} to them') from error
 
 
 def _check_boxes(annotations: list[dict], boxes: Sequence, path: str) -> None:

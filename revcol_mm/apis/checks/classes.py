@@ -11,7 +11,7 @@ from mmengine.dataset import BaseDataset
 
 from ...checkpoint import read_checkpoint
 from ...checkpoint.loading import find_meta
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ..errors import LaunchError
 from .common import class_of, name_of, say, settings_of_leaves, warn
 from .files import read_annotations
@@ -62,8 +62,8 @@ class ClassOrder:
         known = self.classes or ()
         if self.source == CHECKPOINT and set(labelled) != set(known) and len(labelled) == len(known) and all(
                 mine == theirs or (mine not in known and theirs not in labelled) for mine, theirs in zip(labelled, known)):
-            warn(f'the checkpoint names its classes ({some(known, 10)}), {name} ({some(labelled, 10)}): they are taken for the '
-                 'same in this order')  # there are several sets of names for ImageNet's
+            warn(f'the checkpoint names its classes ({first_names(known, 10)}), {name} ({first_names(labelled, 10)}): they are '
+                 'taken for the same in this order')  # there are several sets of names for ImageNet's
             self.classes = None
         if self.classes is None:
             self.classes, self.source = labelled, name
@@ -76,8 +76,8 @@ class ClassOrder:
         """
         self._take_over(labelled, name)
         if set(self.classes) != set(labelled):
-            raise LaunchError(f'the classes of {name} must be those of {self.source} ({some(self.classes, 10)}), but they are '
-                              f'({some(labelled, 10)}): give all data sets the same metainfo.classes')
+            raise LaunchError(f'the classes of {name} must be those of {self.source} ({first_names(self.classes, 10)}), but '
+                              f'they are ({first_names(labelled, 10)}): give all data sets the same metainfo.classes')
         return labelled != self.classes
 
     def _settle_categories(self, dataset: BaseDataset, path: str, names: Mapping[int, str]) -> None:
@@ -87,7 +87,7 @@ class ClassOrder:
         labelled = tuple(names[category] for category in dataset.cat_ids)  # the names in the order of mmdet's labels
         absent = [name for name in self.classes or () if name not in labelled] if self._is_subset(classes, names) else []
         if absent:
-            warn(f'{path} lacks the categories {some(absent)} of {self.source}: they count as classes without objects')
+            warn(f'{path} lacks the categories {first_names(absent)} of {self.source}: they count as classes without objects')
         else:
             check_categories(classes, list(names.values()), path, name_of(dataset))
         if absent or self._differs(labelled, name_of(dataset)):
@@ -95,8 +95,8 @@ class ClassOrder:
             ids = {**dict(zip(absent, unused_ids(names))), **{names[category]: category for category in dataset.cat_ids}}
             dataset.cat_ids = [ids[name] for name in self.classes]
             dataset.cat2label = {category: label for label, category in enumerate(dataset.cat_ids)}
-            say(f'{path} lists its categories as ({some(labelled, 10)}); its labels follow the order of {self.source}, '
-                f'({some(self.classes, 10)})')
+            say(f'{path} lists its categories as ({first_names(labelled, 10)}); its labels follow the order of {self.source}, '
+                f'({first_names(self.classes, 10)})')
         _set_classes(dataset, self.classes, path)
 
     def _is_subset(self, classes: Sequence[str], names: Mapping[int, str]) -> bool:
@@ -108,8 +108,8 @@ class ClassOrder:
         classes, root = tuple(dataset._metainfo['classes']), dataset.img_prefix
         if set(classes) & set(folders) and set(classes) != set(folders):
             raise LaunchError(f'the classes of {name_of(dataset)} must be the names of the folders in {root}, but '
-                              f'{some(sorted(set(classes) - set(folders)))} is no folder and '
-                              f'{some(sorted(set(folders) - set(classes)))} no class: correct metainfo.classes')
+                              f'{first_names(sorted(set(classes) - set(folders)))} is no folder and '
+                              f'{first_names(sorted(set(folders) - set(classes)))} no class: correct metainfo.classes')
         named = set(classes) == set(folders)
         if self.folders is None:
             if named:
@@ -117,14 +117,14 @@ class ClassOrder:
             self.folders = self.classes if named and self.classes else folders
         unknown = sorted(set(folders) - set(self.folders))
         if unknown:
-            raise LaunchError(f'the folders in {root} must be classes of {self.source} ({some(self.folders, 10)}), but '
-                              f'{some(unknown)} are not: rename or remove them')
+            raise LaunchError(f'the folders in {root} must be classes of {self.source} ({first_names(self.folders, 10)}), but '
+                              f'{first_names(unknown)} are not: rename or remove them')
         if folders != self.folders[:len(folders)]:
             to = [self.folders.index(name) for name in folders]
             for info in dataset.data_list:
                 info['gt_label'] = to[info['gt_label']]
             dataset.folder_to_idx = dict(zip(folders, to))
-            say(f'the folders in {root} are labelled in the order of {self.source}: ({some(self.folders, 10)})')
+            say(f'the folders in {root} are labelled in the order of {self.source}: ({first_names(self.folders, 10)})')
         if named:
             _set_classes(dataset, self.folders, root)
         elif self._differs(classes, name_of(dataset)):
@@ -143,13 +143,13 @@ class ClassOrder:
                 info['label_map'] = dataset.label_map
         else:
             raise self._different_order(dataset, labelled)
-        say(f'{name_of(dataset)}: its labels follow the order of {self.source}, ({some(self.classes, 10)})')
+        say(f'{name_of(dataset)}: its labels follow the order of {self.source}, ({first_names(self.classes, 10)})')
         _set_classes(dataset, self.classes, name_of(dataset))
 
     def _different_order(self, dataset: BaseDataset, labelled: tuple[str, ...]) -> LaunchError:
         return LaunchError(f'the classes of {name_of(dataset)} must be those of {self.source}, in the same order, '
-                           f'({some(self.classes, 10)}), but they are ({some(labelled, 10)}), and its labels are numbers '
-                           'without names, so that nothing tells which order is right: give all data sets the same '
+                           f'({first_names(self.classes, 10)}), but they are ({first_names(labelled, 10)}), and its labels are '
+                           'numbers without names, so that nothing tells which order is right: give all data sets the same '
                            'metainfo.classes')
 
 
@@ -167,8 +167,8 @@ def _set_classes(dataset: BaseDataset, order: tuple[str, ...], source: str) -> N
     if palette is not None and len(palette) == len(classes) == len(order):
         dataset._metainfo['palette'] = type(palette)(palette[classes.index(name)] for name in order)
     dataset._metainfo['classes'] = order
-    say(f'{source}: metainfo.classes names the classes as ({some(classes, 10)}); the order of the labels is '
-        f'({some(order, 10)}), and the names follow it')
+    say(f'{source}: metainfo.classes names the classes as ({first_names(classes, 10)}); the order of the labels is '
+        f'({first_names(order, 10)}), and the names follow it')
 
 
 def unused_ids(ids: Collection[int]) -> Iterator[int]:
@@ -190,11 +190,11 @@ def check_names(names: Iterable, path: str, what: str) -> None:
     names = list(names)
     numbers = [name for name in names if not isinstance(name, str)]
     if numbers:
-        raise LaunchError(f'the name of every {what} in {path} must be a text, but {some(numbers)} is none: '
+        raise LaunchError(f'the name of every {what} in {path} must be a text, but {first_names(numbers)} is none: '
                           f'write "{numbers[0]}" in quotes')
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise LaunchError(f'every {what} in {path} must have a name of its own, but there are several {some(twice)}: '
+        raise LaunchError(f'every {what} in {path} must have a name of its own, but there are several {first_names(twice)}: '
                           'rename or merge them')
 
 
@@ -208,12 +208,12 @@ def check_categories(classes: Sequence[str], categories: Sequence[str], path: st
     alike = {name.strip().casefold(): name for name in categories}
     pairs = [f'{name!r} is {alike[name.strip().casefold()]!r}' for name in missing if name.strip().casefold() in alike]
     if pairs:
-        raise LaunchError(f'metainfo.classes of {name} must be written as the categories of {path}, but {some(pairs)} there: '
-                          'write both alike')
+        raise LaunchError(f'metainfo.classes of {name} must be written as the categories of {path}, but {first_names(pairs)} '
+                          'there: write both alike')
     if missing:
-        raise LaunchError(f'metainfo.classes of {name} must be categories of {path}, which has {some(categories, 10)}, but '
-                          f'got {some(missing)}. A data set without metainfo takes the classes of its type. Write into the '
-                          'data set of every data loader (at the top level of the config nothing reads it): '
+        raise LaunchError(f'metainfo.classes of {name} must be categories of {path}, which has {first_names(categories, 10)}, '
+                          f'but got {first_names(missing)}. A data set without metainfo takes the classes of its type. Write '
+                          'into the data set of every data loader (at the top level of the config nothing reads it): '
                           f'metainfo=dict(classes={tuple(categories)!r})')
 
 
@@ -232,7 +232,7 @@ def find_model_classes(path: str, cfg: Config) -> tuple[str, ...] | None:
     classes = None if osp.isdir(path) else classes_of_meta(find_meta(read_checkpoint(path, 'meta', None), path))
     if classes is None:
         classes = find_file_classes(cfg)
-        order = '' if classes is None else f': ({some(classes, 10)})'
+        order = '' if classes is None else f': ({first_names(classes, 10)})'
         warn(f'{path} names no classes, so that its labels are taken for those of the data, in the order of their file{order}')
     return classes
 
@@ -314,11 +314,11 @@ def check_class_folders(cfg: Config, loaders: Sequence[str]) -> None:
             root, folders = _class_folders(dataset, kind)
             hidden = [name for name in folders if name.startswith('.') or name == '__MACOSX']
             if hidden:
-                raise LaunchError(f'every folder in {root} must be a class of {loader}_dataloader, but {some(hidden)} was made '
-                                  'by another program: remove it')
+                raise LaunchError(f'every folder in {root} must be a class of {loader}_dataloader, but {first_names(hidden)} '
+                                  'was made by another program: remove it')
             if folders and classes is not None and len(folders) != len(classes):
                 lacking, further = sorted(set(classes) - set(folders)), sorted(set(folders) - set(classes))
                 raise LaunchError(f'{root} must have a folder for each of the {len(classes)} classes of {loader}_dataloader, '
-                                  f'but has {len(folders)}. Without folder: {some(lacking)}; without class: '
-                                  f'{some(further)}. Make an empty folder for a class without images, and correct '
+                                  f'but has {len(folders)}. Without folder: {first_names(lacking)}; without class: '
+                                  f'{first_names(further)}. Make an empty folder for a class without images, and correct '
                                   'metainfo.classes for the others')

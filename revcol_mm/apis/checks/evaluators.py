@@ -3,7 +3,7 @@
 import os.path as osp
 from typing import Any, Iterator, Sequence
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ..errors import LaunchError
 from .classes import unused_ids
 from .common import name_of
@@ -63,8 +63,9 @@ def _check_coco(metric: Any, datasets: Sequence[Any], records: Sequence[Record],
     if names != theirs:
         here, there = set(names.items()) - set(theirs.items()), set(theirs.items()) - set(names.items())
         raise LaunchError(f'{name}_evaluator.ann_file must list the images of {name}_dataloader ({name_of(datasets[0])}), but '
-                          f'{len(here)} of its {len(names)} images ({some(sorted(here, key=str), 2)}) are not in it, and it '
-                          f'has {len(there)} others ({some(sorted(there, key=str), 2)}): give both the same annotation file')
+                          f'{len(here)} of its {len(names)} images ({first_names(sorted(here, key=str), 2)}) are not in it, '
+                          f'and it has {len(there)} others ({first_names(sorted(there, key=str), 2)}): give both the same '
+                          'annotation file')
     classes = records[0].classes or ()
     ids = {category['name']: index for index, category in coco.cats.items()}
     missing = [label for label in classes if label not in ids]
@@ -73,11 +74,11 @@ def _check_coco(metric: Any, datasets: Sequence[Any], records: Sequence[Record],
         coco.cats.update({ids[name]: dict(id=ids[name], name=name) for name in missing})
     elif missing:
         raise LaunchError(f'{name}_evaluator.ann_file must have every class of {name}_dataloader as a category, but it lacks '
-                          f'{some(missing)}: give both the same annotation file')
+                          f'{first_names(missing)}: give both the same annotation file')
     metric.cat_ids = LabelledIds(ids[label] for label in classes)
     if 'segm' in metric.metrics:
         maskless = [index for index, annotation in coco.anns.items() if not annotation.get('segmentation')]
         if maskless:
             raise LaunchError(f'every annotation of {name}_evaluator.ann_file must have a segmentation, because its metric is '
-                              f'segm, but {len(maskless)} of {len(coco.anns)} have none (id {some(maskless)}): add them, or '
-                              f"set {name}_evaluator.metric='bbox'")
+                              f'segm, but {len(maskless)} of {len(coco.anns)} have none (id {first_names(maskless)}): add '
+                              f"them, or set {name}_evaluator.metric='bbox'")

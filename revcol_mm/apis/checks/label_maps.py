@@ -7,7 +7,7 @@ import mmcv
 import numpy as np
 from mmengine.dataset import BaseDataset
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ..errors import LaunchError
 from .common import warn
 
@@ -82,7 +82,7 @@ class LabelMaps:
         count = len(self.classes)
         classes = f'the {count} classes' if count > 1 else 'at least two classes, the background counted'
         text = (f'the label maps of {self.loader}_dataloader must hold {classes}, but the values of '
-                f'{len(self.seen)} of {len(self.dataset)} maps are {some(sorted(self.raw), 6)}, of which '
+                f'{len(self.seen)} of {len(self.dataset)} maps are {first_names(sorted(self.raw), 6)}, of which '
                 + (f'0 and {self.ignored} count as ignored (reduce_zero_label=True)' if self.reduced else
                    f'{self.ignored} counts as ignored'))
         remedy = ': write class numbers into the maps (a mask of 0 and 255 as 0 and 1)'
@@ -99,7 +99,7 @@ class LabelMaps:
         if certain:
             raise LaunchError(text + remedy)
         if suspicious and len(labels) < 2 or whole:
-            warn(f'{len(unseen)} of {count} classes ({some(unseen)}) have no pixel: {text}' if unseen else text)
+            warn(f'{len(unseen)} of {count} classes ({first_names(unseen)}) have no pixel: {text}' if unseen else text)
 
     def _search(self, seconds: float) -> None:
         started = time.monotonic()

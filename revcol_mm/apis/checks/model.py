@@ -4,7 +4,7 @@ from typing import Any, Iterator, Sequence
 
 from torch import nn
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ...patches import mend_sliding_window
 from ..errors import LaunchError
 from .common import name_of, steps_of
@@ -77,7 +77,7 @@ def check_semantic_maps(model: nn.Module, datasets: Sequence[Any], loader: str) 
                               f'LoadAnnotations does not: set with_seg=True and data_prefix.seg in the data set; {without}')
         if not (getattr(dataset, 'data_prefix', None) or {}).get('seg'):
             raise LaunchError(f'{name_of(dataset)} must say where the semantic maps for model.roi_head.semantic_head are, but '
-                              f'its data_prefix names only {some(dataset.data_prefix)}: set data_prefix.seg; {without}')
+                              f'its data_prefix names only {first_names(dataset.data_prefix)}: set data_prefix.seg; {without}')
 
 
 def check_sliding_window(model: nn.Module) -> None:

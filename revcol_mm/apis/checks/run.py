@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ..errors import LaunchError
 from .annotations import check_annotations
 from .classes import ClassOrder
@@ -233,15 +233,16 @@ class DataChecks:
             for line in broken:
                 print(line)
             raise LaunchError(f'every image and label map must be usable, but this is not so for {len(broken)} '
-                              f'({some(broken, 2)}): correct, replace or remove them')
+                              f'({first_names(broken, 2)}): correct, replace or remove them')
         say(table(loaders, self.records))
 
     def _inspect_late(self, dataset: BaseDataset) -> None:
         before = dataset._metainfo.get('classes')
         self.inspect(dataset)
         if before is not None and tuple(before) != tuple(dataset._metainfo['classes']):
-            raise LaunchError(f'the classes of {name_of(dataset)} must be in the order ({some(self.order.classes, 10)}), but '
-                              f'with serialize_data=False they stay ({some(before, 10)}): remove serialize_data=False')
+            raise LaunchError(f'the classes of {name_of(dataset)} must be in the order '
+                              f'({first_names(self.order.classes, 10)}), but with serialize_data=False they stay '
+                              f'({first_names(before, 10)}): remove serialize_data=False')
 
     def _check_files(self, dataset: BaseDataset, loader: str) -> list[str]:
         """Opens images and label maps. Returns a sentence for each that is broken."""
@@ -288,15 +289,16 @@ def _count_labels(dataset: BaseDataset, record: Record) -> None:
     wrong = sorted(label for label in record.objects if label < 0 or (count is not None and label >= count))
     if wrong:
         raise LaunchError(f'every label of {name_of(dataset)} must be from 0 to {(count or 1) - 1}, but '
-                          f'{sum(record.objects[label] for label in wrong)} of {record.images} images have {some(wrong)}: '
-                          f'correct {dataset.ann_file or "the classes"}')
+                          f'{sum(record.objects[label] for label in wrong)} of {record.images} images have '
+                          f'{first_names(wrong)}: correct {dataset.ann_file or "the classes"}')
     _warn_of_missing(record, dataset, 'image')
 
 
 def _warn_of_missing(record: Record, dataset: BaseDataset, what: str) -> None:
     missing = [name for label, name in enumerate(record.classes or ()) if not record.objects[label]]
     if missing:
-        warn(f'{len(missing)} of {len(record.classes)} classes have no {what} in {name_of(dataset)}: {some(missing, 10)}')
+        warn(f'{len(missing)} of {len(record.classes)} classes have no {what} in {name_of(dataset)}: '
+             f'{first_names(missing, 10)}')
 
 
 def check_run(runner: Any, loops: Sequence[str], classes: Sequence[str] | None = None, check_all: bool = False) -> None:

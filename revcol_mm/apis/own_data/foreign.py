@@ -4,7 +4,7 @@ import os
 import os.path as osp
 from typing import Iterator
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from .names import is_hidden, part_of
 
 VOC, YOLO = 'Pascal VOC (an XML file for each image)', 'YOLO (a text file for each image)'
@@ -30,8 +30,8 @@ def convert(root: str, kind: str) -> str:
     held = f'{osp.join(root, "")} must hold annotations in COCO format, but holds them in the format of {kind}'
     several = next((labels for labels in folders.values() if len(labels) > 1), None)
     if several:
-        return (f'{held}, and in several folders ({some(several)}), which would be one set: name one of them with --data, or '
-                'bring their files into one')
+        return (f'{held}, and in several folders ({first_names(several)}), which would be one set: name one of them with '
+                '--data, or bring their files into one')
     lines = ['import supervision as sv']
     for part, (labels, ) in folders.items():
         arguments = [_images_of(root, labels), labels, *([_class_file(root)] if kind == YOLO else [])]

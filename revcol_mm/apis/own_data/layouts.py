@@ -11,7 +11,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.progress import track
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ..checks.classes import check_names
 from ..checks.files import load_annotations, no_annotations
 from ..checks.label_maps import LabelMaps
@@ -122,7 +122,7 @@ def _refuse_hidden_folders(data: OwnData) -> None:
         hidden = hidden_folders(part.images)
         if hidden:
             raise LaunchError(f'{part.images} must have no hidden folders, because {data.scope} reads them, too, but it has '
-                              f'{some(hidden)}: remove them')
+                              f'{first_names(hidden)}: remove them')
 
 
 def _place(part: Part) -> str:
@@ -142,7 +142,7 @@ def _why_none(root: str, scope: str, config: str) -> str:
             return (f'{root} must hold {NAMES[scope]}, because {config} is a config of {scope}, but it holds {NAMES[other]}: '
                     f'choose another config, or lay the data out as {EXPECTED[scope]}')
     there = [name + '/' * osp.isdir(osp.join(root, name)) for name in sorted(os.listdir(root))]
-    held = f'annotations in the format of {kind}' if kind else some(there, 8)
+    held = f'annotations in the format of {kind}' if kind else first_names(there, 8)
     return f'{root} must hold {NAMES[scope]} ({EXPECTED[scope]}), but no such data were found in it; it holds {held}'
 
 
@@ -164,7 +164,7 @@ def find_detection(root: str) -> OwnData | None:
     train = _coco_part(root, paths['train'], 'train')
     classes, notes = _coco_classes(train)
     if files.get('test'):
-        notes.append(f'{some(files["test"])}: not used; tools/test.py tests on the validation data')
+        notes.append(f'{first_names(files["test"])}: not used; tools/test.py tests on the validation data')
     return OwnData(root, 'mmdet', classes, train, paths['val'] and _coco_part(root, paths['val'], 'val'), tuple(notes))
 
 
@@ -203,14 +203,14 @@ def _coco_part(root: str, path: str, part: str) -> Part:
     most = max(found.values())
     best = [folder for folder, count in found.items() if count == most]
     if relative and not most:
-        raise LaunchError(f'the images of {path} must lie in one of the folders {some(folders, 6)}, but none of them has '
-                          f'{some(names, 2)}: put the images there')
+        raise LaunchError(f'the images of {path} must lie in one of the folders {first_names(folders, 6)}, but none of them '
+                          f'has {first_names(names, 2)}: put the images there')
     folder = only(best, root, f'folder with the images of {path}') if relative else best[0]
     missing = [name for name in names if not osp.isfile(osp.join(folder, name))]
     if missing:
         raise LaunchError(f'{folder if relative else "the disk"} must have all {len(names)} images of {path}, but '
-                          f'{len(missing)} are missing ({some(missing)}): put them there, or remove their entries from a copy '
-                          'of the file')
+                          f'{len(missing)} are missing ({first_names(missing)}): put them there, or remove their entries from '
+                          'a copy of the file')
     return Part(folder, path, names, content=content)
 
 
@@ -272,7 +272,7 @@ def _maps_of(images: str, maps: str) -> Part:
     for folder, names in files.items():
         endings = Counter(osp.splitext(name)[1] for name in names)
         if len(endings) != 1:
-            found = some([f'{count} {ending}' for ending, count in endings.most_common()])
+            found = first_names([f'{count} {ending}' for ending, count in endings.most_common()])
             raise LaunchError(f'all images in {folder} must have names that end alike, such as .png, but there are {found}: '
                               'convert them to one format')
         suffixes[folder], = endings
@@ -280,7 +280,7 @@ def _maps_of(images: str, maps: str) -> Part:
     missing = sorted(stems[images] - stems[maps])
     if missing:
         raise LaunchError(f'every image in {images} must have a label map of its name in {maps}, but {len(missing)} of '
-                          f'{len(stems[images])} have none ({some(missing)})')
+                          f'{len(stems[images])} have none ({first_names(missing)})')
     return Part(images, maps, tuple(sorted(stems[images])), suffixes[images], suffixes[maps])
 
 
@@ -295,7 +295,7 @@ def _map_classes(root: str, part: Part) -> tuple[tuple[str, ...], tuple[str, ...
             raise LaunchError(f'{path} must be a text in UTF-8, but is not: {error}') from None
         if len(names) < 2:
             raise LaunchError(f'{path} must have the name of a class in every line, and at least two, the background counted, '
-                              f'but has {some(names) or "none"}')
+                              f'but has {first_names(names) or "none"}')
         check_names(names, path, 'class')
         return tuple(names), ()
     # Any number may be a class.
@@ -306,8 +306,9 @@ def _map_classes(root: str, part: Part) -> tuple[tuple[str, ...], tuple[str, ...
     values = sorted(set(maps.raw) - {255})
     if values != list(range(len(values))) or len(values) < 2:
         raise LaunchError(f'without {path} the label maps in {part.annotations} must hold the numbers of at least two classes '
-                          f'from 0 on without a gap (255 is ignored), but hold {some(sorted(maps.raw), 12)}: write the names '
-                          'of all classes into classes.txt, one a line, or correct the maps (a mask of 0 and 255 as 0 and 1)')
+                          f'from 0 on without a gap (255 is ignored), but hold {first_names(sorted(maps.raw), 12)}: write the '
+                          'names of all classes into classes.txt, one a line, or correct the maps (a mask of 0 and 255 as 0 '
+                          'and 1)')
     return tuple(map(str, values)), (f'there is no {path}: the classes are the numbers that the {len(part.samples)} label maps '
                                      'for training hold',)
 
@@ -329,13 +330,13 @@ def find_classification(root: str) -> OwnData | None:
     filled = {sample.split(os.sep)[0] for sample in samples}
     empty = [name for name in classes if name not in filled]
     if empty:
-        raise LaunchError(f'every folder in {folder} is a class and must have images, but {some(empty)} '
+        raise LaunchError(f'every folder in {folder} is a class and must have images, but {first_names(empty)} '
                           f'{"has" if len(empty) == 1 else "have"} none: remove the folder, or add its images')
     if len(classes) < 2:
         if folders['train'] is None:
             return None
         raise LaunchError(f'{folder} must have a folder for each class, of which there are at least two, but has only '
-                          f'{some(classes)}')
+                          f'{first_names(classes)}')
     train = Part(folder, samples=samples)
     val = None
     if folders['val'] is not None:

@@ -5,7 +5,7 @@ import os.path as osp
 import re
 from typing import Sequence
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ...runtime import EXTENSIONS
 from ..errors import LaunchError
 
@@ -52,8 +52,8 @@ def only(candidates: Sequence[str], root: str, what: str) -> str | None:
         LaunchError: there are several.
     """
     if len(candidates) > 1:
-        raise LaunchError(f'{root} must have one {what}, but has {len(candidates)}: {some(candidates)}. Move the others to '
-                          'another folder')
+        raise LaunchError(f'{root} must have one {what}, but has {len(candidates)}: {first_names(candidates)}. Move the others '
+                          'to another folder')
     return candidates[0] if candidates else None
 
 

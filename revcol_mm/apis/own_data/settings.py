@@ -5,7 +5,7 @@ from typing import Any, Iterator, Mapping, Sequence
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from ...checkpoint.safe import some
+from ...checkpoint.safe import first_names
 from ...runtime import EXTENSIONS
 from ...utils.configs import build_on_meta
 from ..checks.classes import kind_and_classes
@@ -40,7 +40,7 @@ def fill_config(cfg: Config, data: OwnData, options: Mapping[str, Any] | None = 
     """
     train = _the_dataset(cfg, 'train_dataloader')
     same_classes = tuple(kind_and_classes(train, data.scope)[1] or ()) == data.classes
-    lines = [f'--data {data.root}: {len(data.classes)} classes ({some(data.classes, 10)})']
+    lines = [f'--data {data.root}: {len(data.classes)} classes ({first_names(data.classes, 10)})']
     for loader, part in (('train_dataloader', data.train), ('val_dataloader', data.val), ('test_dataloader', data.val)):
         if cfg.get(loader):
             _set_dataset(_the_dataset(cfg, loader), data, part, same_classes)
@@ -181,7 +181,7 @@ def _set_heads(cfg: Config, data: OwnData, same_classes: bool) -> list[str]:
         if 'num_classes' in (owner.get('data_preprocessor') or {}):
             owner.data_preprocessor.num_classes = count
     names = dict.fromkeys(name.rstrip('.0123456789') for name, _ in heads)
-    return [f'  num_classes={count}: {some(names, 8)}', *lines]
+    return [f'  num_classes={count}: {first_names(names, 8)}', *lines]
 
 
 def _settings_of(cfg: Config, name: str) -> ConfigDict | None:
