@@ -61,14 +61,14 @@ def enable_safe_loading() -> None:
 
 
 def load_from_zoo(filename: str, map_location: str | torch.device | None = None) -> Any:
-    """Loads the published weights of a config, ``zoo:CONFIG_NAME``, under today's names, which mmengine's own tools need.
+    """Loads the published weights of a config, ``zoo:CONFIG_NAME``, under the current names, which mmengine's own tools need.
 
     Raises:
         CheckpointError: if there are none, or if they cannot be downloaded.
     """
-    from .converters import todays_checkpoint  # models, which need the operators that apply_patches() brings
+    from .converters import to_current_names  # models, which need the operators that apply_patches() brings
     address = zoo.find_address(filename)
-    return todays_checkpoint(download.load_from_http(address, map_location), address)
+    return to_current_names(download.load_from_http(address, map_location), address)
 
 
 def find_configs_of_forks() -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Turns a file of the authors' release into one that today's mmdet, mmsegmentation or mmpretrain loads strictly.
+"""Turns a file of the authors' release into one that the current mmdet, mmsegmentation or mmpretrain loads strictly.
 
     python tools/import_checkpoint.py revcol_tiny_1k.pth --config configs/revcol_t_in1k.py
     python tools/import_checkpoint.py my_classifier.pth --to-official

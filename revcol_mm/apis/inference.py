@@ -32,7 +32,7 @@ from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.loading import check_weights, find_differences, find_meta, find_state_dict
 from ..checkpoint.safe import first_names
 from ..checkpoint.zoo import find_address
-from ..converters import todays_checkpoint
+from ..converters import to_current_names
 from ..runtime import EXTENSIONS, TOP, encode_map, encode_picture
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
 from .checks.common import class_of, settings_of_leaves
@@ -59,7 +59,7 @@ def load_weights(model: nn.Module, checkpoint: str) -> Mapping[str, Any]:
     """
     check_checkpoint(checkpoint, 'the command line')
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    contents = todays_checkpoint(read_checkpoint(checkpoint, logger=None), checkpoint, shapes, log=True)
+    contents = to_current_names(read_checkpoint(checkpoint, logger=None), checkpoint, shapes, log=True)
     weights, meta = find_state_dict(contents, checkpoint)[0], find_meta(contents, checkpoint)
     differences = find_differences(shapes, weights, checkpoint)
     if differences:

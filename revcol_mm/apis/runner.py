@@ -23,7 +23,7 @@ from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.kernels import compare_kernels
 from ..checkpoint.loading import find_differences
 from ..checkpoint.safe import first_names
-from ..converters import todays_checkpoint
+from ..converters import to_current_names
 from ..engine.workers import WorkersEndWithTraining
 from .checks import place_of_backbones
 from .cpu import fit_to_cpu
@@ -46,7 +46,7 @@ class CheckedLoading:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.register_hook(_TodaysContents())
+        self.register_hook(_CurrentNames())
 
     def load_or_resume(self) -> None:
         """As mmengine's."""
@@ -107,7 +107,7 @@ class CheckedLoading:
         if osp.isdir(filename) or own is None:
             return {}, {}
         model = self._model()
-        content = todays_checkpoint(read_checkpoint(filename, map_location='meta', logger=None), filename, own)
+        content = to_current_names(read_checkpoint(filename, map_location='meta', logger=None), filename, own)
         weights = {key.removeprefix('module.'): value for key, value in content.get('state_dict', content).items()}
         # Some models rename weights while they load them, as mmdet's teachers and students do. Meta tensors are not copied.
         model._load_from_state_dict(weights, '', {}, False, [], [], [])
@@ -124,16 +124,16 @@ class CheckedLoading:
             raise CheckpointError(f'{filename} has {kernels}')
 
 
-class _TodaysContents(Hook):
+class _CurrentNames(Hook):
     """Converts files of the authors' code, and puts weights that are alone where mmengine looks for them."""
 
     priority = 'HIGHEST'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        todays = todays_checkpoint(checkpoint, 'the checkpoint', runner.own_shapes() or (), log=True)
-        if todays is not checkpoint:
+        current = to_current_names(checkpoint, 'the checkpoint', runner.own_shapes() or (), log=True)
+        if current is not checkpoint:
             checkpoint.clear()
-            checkpoint.update(todays)
+            checkpoint.update(current)
         if 'state_dict' not in checkpoint:
             weights = copy.copy(checkpoint)
             checkpoint.clear()

@@ -1,5 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Names of weights in the authors' files and in today's models, and what can be read from them. No model is needed."""
+"""Names of weights in the authors' files and in the current models, and what can be read from them. No model is needed.
+
+The current names are those of mmdet 3, mmseg 1 and mmpretrain 1.
+"""
 from collections import Counter
 from typing import Any, Mapping
 
@@ -20,8 +23,8 @@ CLASSES = (('head.cls.classifier.1.weight', 0), ('head.cls_blocks.3.classifier.1
 LAST_CLASSIFIER = 'head.cls_blocks.3.'
 
 
-def todays_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str | None]:
-    """Returns {name in the file: name in today's models, or None for a weight that they do not have}.
+def current_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str | None]:
+    """Returns {name in the file: name in the current models, or None for a weight that they do not have}.
 
     Raises:
         CheckpointError: if a weight belongs to no part of the authors' classification code.
@@ -38,7 +41,7 @@ def todays_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str 
 
 
 def official_names(weights: Mapping[str, Tensor], filename: str) -> dict[str, str]:
-    """Returns {name in today's models: name in the authors' code}, the inverse of :func:`todays_names`.
+    """Returns {name in the current models: name in the authors' code}, the inverse of :func:`current_names`.
 
     Raises:
         CheckpointError: if a classifier has weights that the authors' classification code does not have.
@@ -59,13 +62,13 @@ def _root(name: str) -> str:
 
 
 def find_task(weights: Mapping[str, Tensor]) -> str:
-    """Returns the ``task`` of :class:`~revcol_mm.converters.ImportReport`, from today's names."""
+    """Returns the ``task`` of :class:`~revcol_mm.converters.ImportReport`, from the current names."""
     roots = {key.split('.')[0] for key in weights}
     return next((task for task, heads in TASKS if roots & heads), 'backbone' if roots == {'backbone'} else 'other')
 
 
 def find_num_classes(weights: Mapping[str, Tensor]) -> int | None:
-    """Returns the number of classes, from today's names; None if the heads do not show it."""
+    """Returns the number of classes, from the current names; None if the heads do not show it."""
     return next((weights[key].shape[0] - less for key, less in CLASSES if key in weights and weights[key].dim()), None)
 
 
@@ -75,7 +78,7 @@ def count_dtypes(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def find_dataset_meta(checkpoint: Any, filename: str) -> dict[str, Any]:
-    """Returns classes and palette as ``dataset_meta``, where today's inferencers look; mmdet 2 and mmseg 0.x use capitals.
+    """Returns classes and palette as ``dataset_meta``, where the current inferencers look; mmdet 2 and mmseg 0.x use capitals.
 
     Raises:
         CheckpointError: if the checkpoint's 'meta', or 'dataset_meta' in it, is not a dict.

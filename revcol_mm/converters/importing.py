@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Converts the authors' released files to files that today's mmdet, mmseg and mmpretrain load strictly, and back."""
+"""Converts the authors' released files to files that the current mmdet, mmseg and mmpretrain load strictly, and back."""
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Collection, Mapping
@@ -14,11 +14,11 @@ from ..checkpoint.loading import WRAPPINGS, check_weights, find_differences, fin
 from ..checkpoint.names import (
     LAST_CLASSIFIER,
     count_dtypes,
+    current_names,
     find_dataset_meta,
     find_num_classes,
     find_task,
     official_names,
-    todays_names,
 )
 from ..checkpoint.safe import CheckpointError, first_names
 from ..utils.configs import build_on_meta
@@ -71,12 +71,12 @@ class ImportReport:
 
 def import_checkpoint(checkpoint: Any, config: str | Config | None = None, ema: bool = False,
                       filename: str = 'the checkpoint') -> tuple[dict[str, Any], ImportReport]:
-    """Converts a released file into ``{'state_dict': …, 'meta': …}`` with today's names.
+    """Converts a released file into ``{'state_dict': …, 'meta': …}`` with the current names.
 
     ImageNet classifiers (1K, 22K, fine-tuned, Huge) get the names of mmpretrain, ``backbone.…`` and ``head.…``. Cascade Mask
     R-CNN of mmdet 2 and UPerNet of mmseg 0.x keep their names. Weights and their dtypes do not change. Classes and palette are
-    stored where today's inferencers look. If the file has intermediate supervision and the config has a single classifier, the
-    last classifier is used, which is the one that predicts.
+    stored where the current inferencers look. If the file has intermediate supervision and the config has a single classifier,
+    the last classifier is used, which is the one that predicts.
 
     Args:
         checkpoint (Any): from :func:`~revcol_mm.checkpoint.read_checkpoint`. It is not changed.
@@ -149,8 +149,8 @@ def is_official(checkpoint: Any) -> bool:
         key in meta for key in ('CLASSES', 'mmdet_version', 'mmseg_version', 'mmcv_version'))
 
 
-def todays_checkpoint(checkpoint: Any, filename: str, names: Collection[str] = (), log: bool = False) -> Any:
-    """Returns a checkpoint under today's names: a file of the authors' code is converted, any other is returned as it is.
+def to_current_names(checkpoint: Any, filename: str, names: Collection[str] = (), log: bool = False) -> Any:
+    """Returns a checkpoint under the current names: a file of the authors' code is converted, any other is returned as it is.
 
     Values are not looked at, so that the weights may be on the meta device.
 
@@ -169,14 +169,14 @@ def todays_checkpoint(checkpoint: Any, filename: str, names: Collection[str] = (
     weights = strip_module(find_state_dict(checkpoint, filename)[0])
     converted = {new: weights[old] for old, new in new_names(weights, filename, names).items() if new is not None}
     if log:
-        print_log(f"{filename} is a file of the authors' code: its {len(converted)} weights were converted to today's names",
-                  logger='current')
+        print_log(f"{filename} is a file of the authors' code: its {len(converted)} weights were converted to the current "
+                  'names (mmdet 3, mmseg 1, mmpretrain 1)', logger='current')
     return dict(meta=find_dataset_meta(checkpoint, filename), state_dict=OrderedDict(converted))
 
 
 def new_names(weights: Mapping[str, Tensor], filename: str, expected: Collection[str]) -> dict[str, str | None]:
     """Returns {name in the file: name in a model that has the expected names, None for a weight that it does not have}."""
-    names = todays_names(weights, filename)
+    names = current_names(weights, filename)
     if LAST_CLASSIFIER + 'classifier.1.weight' in names.values() and 'head.cls.classifier.1.weight' in expected:
         for old, new in names.items():
             if new is not None and not new.startswith('backbone.'):

@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Files of the authors' release load strictly into today's models, and go back to the authors' names unchanged."""
+"""Files of the authors' release load strictly into the current models, and go back to the authors' names unchanged."""
 import gzip
 import hashlib
 import json
@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from revcol_mm.checkpoint import CheckpointError, export_official, import_checkpoint, publish_checkpoint, read_checkpoint
-from revcol_mm.converters import is_official, pad_checkpoint, todays_checkpoint
+from revcol_mm.converters import is_official, pad_checkpoint, to_current_names
 from revcol_mm.models import HRNetColumns, RevCol, RevColC2f, RevColViT, RevNetConvNeXt
 from tests.common import CONFIGS, DATA, load_tool, mostly_slow, small_arch
 
@@ -217,7 +217,7 @@ def test_cascade_mask_rcnn_of_mmdet_2_loads_strictly(tmp_path, capsys):
     model = load_strictly(detector_config(tmp_path), tmp_path / 'det_mm.pth')
     for name, value in contents['state_dict'].items():
         assert torch.equal(model.state_dict()[name], value)
-    # where today's inferencers look for the classes
+    # where the current inferencers look for the classes
     assert read_checkpoint(str(tmp_path / 'det_mm.pth'))['meta']['dataset_meta'] == dict(
         classes=('person', 'bicycle'), palette=[(1, 2, 3)])
 
@@ -555,16 +555,16 @@ def test_what_is_converted_while_it_is_loaded_is_what_an_import_writes(tmp_path,
     contents = RELEASED[kind]()
     assert is_official(contents)
     imported = import_checkpoint(contents)[0]
-    todays = todays_checkpoint(contents, 'x.pth')
-    assert list(todays['state_dict']) == list(imported['state_dict'])
-    assert all(todays['state_dict'][name] is value for name, value in imported['state_dict'].items())
-    assert todays['meta'] == {key: value for key, value in imported['meta'].items() if key != 'revcol_mm'}
-    for own in (todays, imported, imported['state_dict']):  # and no file is converted twice
-        assert not is_official(own) and todays_checkpoint(own, 'x.pth') is own
+    current = to_current_names(contents, 'x.pth')
+    assert list(current['state_dict']) == list(imported['state_dict'])
+    assert all(current['state_dict'][name] is value for name, value in imported['state_dict'].items())
+    assert current['meta'] == {key: value for key, value in imported['meta'].items() if key != 'revcol_mm'}
+    for own in (current, imported, imported['state_dict']):  # and no file is converted twice
+        assert not is_official(own) and to_current_names(own, 'x.pth') is own
 
 
 def test_a_backbone_of_this_package_and_other_networks_are_not_converted():
     backbone = official('tiny', heads=None)
     for own in (backbone, dict(state_dict=backbone), dict(model={'conv.weight': torch.zeros(1)}), [1], {},
                 dict(meta=dict(CLASSES=('a', )), state_dict={'backbone.conv1.weight': torch.zeros(1)})):
-        assert todays_checkpoint(own, 'x.pth') is own
+        assert to_current_names(own, 'x.pth') is own
