@@ -35,7 +35,7 @@ from ..apis.checks.common import name_of, settings_of_leaves
 from ..apis.checks.settings import put_classes_right
 from ..apis.errors import LaunchError
 from ..apis.inference import with_test_set
-from ..checkpoint.safe import some
+from ..checkpoint.safe import first_names
 from .features import record_features
 
 #: Fewest images of a block for which the estimator exists.
@@ -188,8 +188,8 @@ class LabelledImages(Dataset):
             self[0]
             if self.scope == 'mmdet' and not any(self.dataset.get_data_info(index).get('instances')
                                                    for index in range(len(self))):
-                raise ValueError(f'{name_of(self.dataset)} must have boxes of its classes ({some(self.classes)}), but none of '
-                                 'its images has one')
+                raise ValueError(f'{name_of(self.dataset)} must have boxes of its classes ({first_names(self.classes)}), but '
+                                 'none of its images has one')
 
     def _per(self, labels: Tensor) -> int:
         return max(len(labels), 1) if self.scope == 'mmseg' else 1
