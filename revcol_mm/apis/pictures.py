@@ -3,7 +3,7 @@
 import os
 import os.path as osp
 from collections import Counter
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping
 
 from mmengine.registry import VISUALIZERS
 from mmengine.visualization import Visualizer
@@ -13,6 +13,9 @@ from .errors import LaunchError
 
 #: The visualizers of the packages, which draw data samples with their classes.
 PACKAGES = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
+
+#: The file that their visualization hooks write in a test, inside of the folder; {} is the image's name. mmdet's has that name.
+FILES = dict(mmseg='vis_data/vis_image/test_{}_0.png', mmpretrain='{}_0.png')
 
 
 def build_visualizer(scope: str, metainfo: Mapping[str, Any]) -> Visualizer:
@@ -54,15 +57,25 @@ def distinct_names(paths: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def name_pictures_apart(runner: Any) -> None:
+def name_pictures_apart(runner: Any, folder: str, scope: str | None) -> None:
     """Makes a runner's visualizer write a picture of its own for every image of the test.
 
     The visualization hooks of mmdet, mmseg and mmpretrain name it after the image without its folder.
 
     Args:
         runner (Runner | FlexibleRunner): with a test loop that is built.
+        folder (str): the folder of the pictures.
+        scope (str | None): the config's ``default_scope``.
+
+    Raises:
+        LaunchError: if a picture would replace an image or an annotated map.
     """
-    names = distinct_names(info['img_path'] for info in _images_of(runner))
+    infos = list(_images_of(runner))
+    names = distinct_names(info['img_path'] for info in infos)
+    written = FILES.get(scope, '{}')
+    _check_kept(infos, f'--show-dir {folder}', {
+        osp.realpath(osp.join(folder, written.format(names.get(info['img_path'], osp.basename(info['img_path'])))))
+        for info in infos})
     if not names:
         return
     say(f'--show-dir: {len(names)} images have the name of another one; their pictures are named with their folders')
@@ -85,16 +98,14 @@ def check_label_maps(runner: Any, folder: str) -> None:
             more than 255 classes.
     """
     taken: dict[str, str] = {}
-    for info in _images_of(runner):
+    infos = list(_images_of(runner))
+    for info in infos:
         path = info['img_path']
         place = osp.realpath(osp.join(folder, f'{osp.splitext(osp.basename(path))[0]}.png'))
         if taken.setdefault(place, path) != path:
             raise LaunchError(f'--out {folder} must get a map for every image, but {taken[place]} and {path} have the same '
                               'name: write --out FILE.pkl, or use tools/infer.py, which names them apart')
-        for given in (path, info.get('seg_map_path')):
-            if given and osp.realpath(given) == place:
-                raise LaunchError(f'--out {folder} must be a folder without the data, but {given} would be replaced: choose '
-                                  'another folder')
+    _check_kept(infos, f'--out {folder}', taken)
     most = max((len(dataset.metainfo.get('classes') or ()) for dataset in leaves(runner.test_loop.dataloader.dataset)),
                default=0)
     if most > 255:
@@ -107,6 +118,15 @@ def _images_of(runner: Any) -> Iterator[Mapping[str, Any]]:
     for dataset in leaves(runner.test_loop.dataloader.dataset):
         infos = map(dataset.get_data_info, range(len(dataset))) if hasattr(dataset, 'get_data_info') else ()
         yield from (info for info in infos if isinstance(info.get('img_path'), str))
+
+
+def _check_kept(infos: Iterable[Mapping[str, Any]], option: str, written: Collection[str]) -> None:
+    """Raises LaunchError if one of the files that are written, as real paths, is an image or an annotated map of the test."""
+    for info in infos:
+        for given in (info['img_path'], info.get('seg_map_path')):
+            if given and osp.realpath(given) in written:
+                raise LaunchError(f'{option} must be a folder without the data, but {given} would be replaced: choose another '
+                                  'folder')
 
 
 def _renaming(draw: Callable, names: Mapping[str, str]) -> Callable:

@@ -99,7 +99,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         elif args.out is not None:
             check_label_maps(runner, args.out)
         if args.show_dir:
-            name_pictures_apart(runner)
+            name_pictures_apart(runner, args.show_dir, scope)
         with reporter.watching(runner) if reporter else contextlib.nullcontext():
             metrics = runner.test()
         if reporter:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from revcol_mm.apis.errors import LaunchError
-from revcol_mm.apis.pictures import check_label_maps, distinct_names
+from revcol_mm.apis.pictures import check_label_maps, distinct_names, name_pictures_apart
 
 
 def test_images_of_one_name_are_named_with_their_folders():
@@ -46,3 +46,26 @@ def test_label_maps_that_would_replace_something_are_refused(images, folder, cla
 
 def test_other_label_maps_are_written():
     check_label_maps(runner('images/0.jpg', 'images/1.jpg', classes=255), 'out')
+
+
+@pytest.mark.parametrize('scope, folder, images', [
+    ('mmdet', './images', ['images/0.jpg']), ('mmpretrain', 'images', ['images/0.jpg', 'images/0.jpg_0.png']),
+    ('mmseg', 'out', ['images/0.jpg', 'out/vis_data/vis_image/test_0.jpg_0.png'])])
+def test_drawn_pictures_that_would_replace_an_image_are_refused(scope, folder, images):
+    with pytest.raises(LaunchError, match=f'--show-dir {folder} must be .*, but {images[-1]} would be replaced'):
+        name_pictures_apart(runner(*images), folder, scope)
+    name_pictures_apart(runner(*images), 'elsewhere', scope)
+
+
+def test_drawn_pictures_that_are_named_apart_may_lie_beside_the_images():
+    tested = runner('images/a/0.jpg', 'images/b/0.jpg')
+    tested.visualizer = None
+    name_pictures_apart(tested, 'images/a', 'mmdet')  # as a_0.jpg and b_0.jpg
+
+
+def test_a_picture_is_not_drawn_through_a_link_to_an_image(tmp_path):
+    (tmp_path / '0.jpg').touch()
+    (tmp_path / 'drawn').mkdir()
+    (tmp_path / 'drawn' / '0.jpg').symlink_to(tmp_path / '0.jpg')
+    with pytest.raises(LaunchError, match='0.jpg would be replaced'):
+        name_pictures_apart(runner(str(tmp_path / '0.jpg')), str(tmp_path / 'drawn'), 'mmdet')
