@@ -13,7 +13,7 @@ from .errors import LaunchError
 TTA_SCALES = dict(mmdet=(1.0, 0.75, 1.25), mmseg=(1.0, 0.5, 0.75, 1.25, 1.5, 1.75), mmpretrain=(1.0, ))
 
 #: What stands in for a package's own way to merge views.
-REPLACED = dict(DetTTAModel='InstanceTTAModel', SegTTAModel='SegmentorTTAModel')
+REPLACED = dict(DetTTAModel='InstanceTTAModel', SegTTAModel='SegmentorTTAModel', AverageClsScoreTTA='HeadScoreTTA')
 
 
 def set_tta(cfg: Config) -> None:
@@ -22,7 +22,8 @@ def set_tta(cfg: Config) -> None:
     The default views are the test pipeline at several scales, plain and flipped. Detections are merged by
     :class:`revcol_mm.detection.InstanceTTAModel` (which stands in for mmdet's ``DetTTAModel`` too, since that one refuses
     masks), segmentation maps by :class:`revcol_mm.segmentation.SegmentorTTAModel` (for mmseg's ``SegTTAModel`` too, which is
-    wrong for a single channel), and class scores by mmpretrain's mean.
+    wrong for a single channel), and class scores by :class:`revcol_mm.classification.HeadScoreTTA` (for mmpretrain's
+    ``AverageClsScoreTTA`` too, which keeps the label of the first view).
 
     Raises:
         LaunchError: if there is no default for this config.

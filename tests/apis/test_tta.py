@@ -9,11 +9,14 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
+from mmpretrain.models.heads import MultiLabelClsHead
+from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from torch import nn
 
 from revcol_mm import config_path
 from revcol_mm.apis import tta
+from revcol_mm.classification import HeadScoreTTA
 from revcol_mm.detection import InstanceTTAModel
 from revcol_mm.segmentation import SegmentorTTAModel
 
@@ -195,6 +198,26 @@ def test_segmentors_get_the_model_that_knows_single_channels(given):
                       test_dataloader=dict(dataset=dict(type='B', pipeline=PIPELINE[:2]))))
     tta.set_tta(cfg)
     assert cfg.model.type == 'SegmentorTTAModel'
+
+
+@pytest.mark.parametrize('given', [None, 'AverageClsScoreTTA', 'mmpretrain.AverageClsScoreTTA'])
+def test_classifiers_get_the_model_that_predicts_the_label_of_the_mean(given):
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+    cfg = Config(dict(default_scope='mmpretrain', model=dict(type='A'), **(dict(tta_model=dict(type=given)) if given else {}),
+                      test_dataloader=dict(dataset=dict(type='B', pipeline=pipeline))))
+    tta.set_tta(cfg)
+    assert cfg.model.type == 'HeadScoreTTA'
+
+
+@pytest.mark.parametrize('head, expected', [(nn.Identity(), [1]), (MultiLabelClsHead(thr=0.35), [1, 2]),
+                                            (MultiLabelClsHead(topk=1), [1])])
+def test_the_label_of_merged_class_scores_is_that_of_their_mean(head, expected):
+    module = Detector()
+    module.head = head
+    views = [DataSample().set_pred_score(torch.tensor(scores)).set_pred_label([0])
+             for scores in ([0.5, 0.4, 0.3], [0.0, 0.5, 0.5])]  # whose mean is 0.25, 0.45, 0.4
+    merged, = HeadScoreTTA(module).test_step(dict(inputs=[None] * 2, data_samples=[[view] for view in views]))
+    assert merged.pred_label.tolist() == expected and views[0].pred_label.tolist() == [0]
 
 
 class Segmentor(nn.Module):
