@@ -132,10 +132,17 @@ def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
-    """Sets the visualization hook, whose arguments have other names in every package."""
+    """Sets the visualization hook, whose arguments have other names in every package.
+
+    Raises:
+        LaunchError: there is none, or it cannot draw several views.
+    """
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise LaunchError(f'--show and --show-dir need a visualization hook in default_hooks, but {args.config} has none')
+    if args.tta and cfg.default_scope == 'mmpretrain':
+        raise LaunchError("--show and --show-dir draw a classifier's predictions on the one image that it got, but with --tta "
+                          'it got several views: leave --tta out, or the pictures')
     hook.update(show=args.show, wait_time=args.wait_time)
     if cfg.default_scope == 'mmpretrain':
         hook.update(enable=True, out_dir=args.show_dir)

@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from mmengine.config import Config
 
+from revcol_mm.apis import test
 from revcol_mm.apis.errors import LaunchError
 from revcol_mm.apis.pictures import check_label_maps, distinct_names, name_pictures_apart
 
@@ -69,3 +71,19 @@ def test_a_picture_is_not_drawn_through_a_link_to_an_image(tmp_path):
     (tmp_path / 'drawn' / '0.jpg').symlink_to(tmp_path / '0.jpg')
     with pytest.raises(LaunchError, match='0.jpg would be replaced'):
         name_pictures_apart(runner(str(tmp_path / '0.jpg')), str(tmp_path / 'drawn'), 'mmdet')
+
+
+def visualization(scope, *options):
+    """The settings of the visualization hook that tools/test.py makes for these options."""
+    cfg = Config(dict(default_scope=scope, visualizer={}, default_hooks=dict(visualization=dict(type='Hook'))))
+    args = test.parse_test_args(['config', 'checkpoint', '--show-dir', 'drawn', *options])
+    cfg.merge_from_dict(args.cfg_options or {})
+    test._set_visualization(cfg, args)
+    return cfg.default_hooks.visualization
+
+
+def test_views_of_a_classifier_cannot_be_drawn():
+    with pytest.raises(LaunchError, match='with --tta it got several views: leave --tta out, or the pictures'):
+        visualization('mmpretrain', '--tta')
+    for scope in ('mmdet', 'mmseg'):
+        assert visualization(scope, '--tta').draw
