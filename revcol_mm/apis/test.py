@@ -137,18 +137,20 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     Raises:
         LaunchError: there is none, or it cannot draw several views.
     """
-    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    scope, hook = cfg.get('default_scope'), (cfg.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise LaunchError(f'--show and --show-dir need a visualization hook in default_hooks, but {args.config} has none')
-    if args.tta and cfg.default_scope == 'mmpretrain':
+    if args.tta and scope == 'mmpretrain':
         raise LaunchError("--show and --show-dir draw a classifier's predictions on the one image that it got, but with --tta "
                           'it got several views: leave --tta out, or the pictures')
     hook.update(show=args.show, wait_time=args.wait_time)
-    if cfg.default_scope == 'mmpretrain':
+    if scope in ('mmpretrain', 'mmseg') and 'default_hooks.visualization.interval' not in (args.cfg_options or {}):
+        hook.interval = 1  # by default they draw every 5000th image, and every 50th batch; mmdet's draws all images of a test
+    if scope == 'mmpretrain':
         hook.update(enable=True, out_dir=args.show_dir)
         return
     hook.draw = True
-    if args.show_dir and cfg.default_scope == 'mmseg':
+    if args.show_dir and scope == 'mmseg':
         cfg.visualizer.save_dir = args.show_dir
     elif args.show_dir:
         hook.test_out_dir = osp.abspath(args.show_dir)  # a relative one would lie in the work folder

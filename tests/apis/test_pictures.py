@@ -87,3 +87,9 @@ def test_views_of_a_classifier_cannot_be_drawn():
         visualization('mmpretrain', '--tta')
     for scope in ('mmdet', 'mmseg'):
         assert visualization(scope, '--tta').draw
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain', 'mmseg'])
+def test_every_image_is_drawn_unless_the_command_line_names_an_interval(scope):
+    assert visualization(scope).interval == 1
+    assert visualization(scope, '--cfg-options', 'default_hooks.visualization.interval=7').interval == 7
