@@ -19,3 +19,16 @@ def test_foreground_iou_is_the_plain_one_without_the_background():
     measured = metric.evaluate(size=1)
     assert measured['mIoU'] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2, abs=0.01)  # rounded to two digits
     assert metric.dataset_meta['classes'] == ('0', '1', 'background')
+
+
+def test_a_single_name_is_one_class():
+    metric = ForegroundIoUMetric(background='bg')
+    metric.dataset_meta = dict(classes=('b', 'g', 'bg'))
+    assert metric.background == ('bg', )
+
+
+@pytest.mark.parametrize('background, classes', [(('backgruond', ), ('0', 'background')), ((), ()),
+                                                 (('background', '0'), ('0', 'background'))])
+def test_what_is_left_out_must_be_some_of_the_classes(background, classes):
+    with pytest.raises(ValueError, match='background of ForegroundIoUMetric must be some of the classes .*, and not all'):
+        ForegroundIoUMetric(background=background).dataset_meta = dict(classes=classes)

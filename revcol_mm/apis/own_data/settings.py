@@ -123,8 +123,8 @@ def _fitting(evaluator: ConfigDict, cfg: Config, data: OwnData) -> dict:
         masks = any(step.get('with_mask') for step in _dicts(_the_dataset(cfg, 'train_dataloader').get('pipeline')))
         return dict(type='CocoMetric', ann_file=file, metric=['bbox', 'segm'] if masks else 'bbox')
     if data.scope == 'mmseg':
-        left_out = set(evaluator.get('background', ('background', )))
-        fits = kind == 'IoUMetric' or kind == 'ForegroundIoUMetric' and left_out & set(data.classes)
+        left_out = set(as_list(evaluator.get('background', 'background')))
+        fits = kind == 'IoUMetric' or kind == 'ForegroundIoUMetric' and left_out < set(data.classes)
         return evaluator if fits else dict(type='IoUMetric', iou_metrics=['mIoU'])
     _limit_ranks(evaluator, len(data.classes))
     return evaluator

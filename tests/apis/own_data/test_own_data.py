@@ -22,7 +22,7 @@ from revcol_mm.apis.config import load_config
 from revcol_mm.apis.errors import LaunchError
 from revcol_mm.apis.own_data import use_own_data
 from revcol_mm.apis.own_data.layouts import find_data
-from revcol_mm.apis.own_data.settings import _fit_weights
+from revcol_mm.apis.own_data.settings import _fit_weights, _fitting
 from revcol_mm.apis.train import parse_train_args, train
 from revcol_mm.datasets import make_digits
 from revcol_mm.utils.configs import build_on_meta
@@ -274,6 +274,13 @@ def test_every_head_of_a_segmentor_gets_the_number_of_classes(tmp_path, name, he
     weights = cfg.model.decode_head.loss_cls.class_weight if mask2former else cfg.model.decode_head.loss_decode.class_weight
     assert weights == ([1.0] * 3 + [0.1] if mask2former else None)  # UPerNet's were made for digits and their background
     assert cfg.val_evaluator.type == 'IoUMetric'
+
+
+@pytest.mark.parametrize('background, kind', [('background', 'ForegroundIoUMetric'), ('bg', 'IoUMetric'),
+                                              (('background', 'void'), 'IoUMetric')])
+def test_the_background_is_left_out_only_where_the_data_have_it(background, kind):
+    data = SimpleNamespace(scope='mmseg', classes=('background', 'b', 'g'))
+    assert _fitting(dict(type='ForegroundIoUMetric', background=background), None, data)['type'] == kind
 
 
 def test_every_classifier_of_intermediate_supervision_gets_the_number_of_classes(tmp_path):
