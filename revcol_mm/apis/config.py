@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from mmengine.config import Config, DictAction
+from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
 from mmengine.utils import import_modules_from_strings
 
@@ -86,7 +87,8 @@ def load_config(args: argparse.Namespace) -> Config:
         raise LaunchError(_name_missing_package(error, args.config)) from error
     except FileNotFoundError as error:
         raise LaunchError(f'{args.config} inherits from a file that does not exist: {error}') from error
-    except (SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError, OSError) as error:  # OSError: no .py file
+    except (ConfigParsingError, SyntaxError, TypeError, KeyError, AttributeError, NameError, ValueError,
+            OSError) as error:  # OSError: no .py file
         raise LaunchError(f'{args.config} is not a valid config: {type(error).__name__}: {error}') from error
 
     _register_packages(cfg, args.config)

@@ -334,6 +334,12 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
         train.train(['scope.py'])
 
 
+def test_a_config_in_pure_python_without_its_base_is_named(tmp_path):
+    (tmp_path / 'pure.py').write_text('from mmengine.config import read_base\nwith read_base():\n    from .gone import *\n')
+    with pytest.raises(errors.LaunchError, match='pure.py is not a valid config: ConfigParsingError: .*gone.py not found'):
+        config.load_named_config('pure.py')
+
+
 def test_other_mistakes_are_named(workshop, tmp_path, capsys):
     (tmp_path / 'broken.py').write_text('model = dict(\n')
     with pytest.raises(errors.LaunchError, match='broken.py is not a valid config'):
