@@ -4,11 +4,12 @@ import os
 import subprocess
 import warnings
 from datetime import timedelta
-from typing import Sequence
+from typing import Any, Sequence
 
 import torch
 from mmengine.config import Config
 
+from .checks.common import kind_of
 from .errors import LaunchError
 
 
@@ -19,7 +20,7 @@ def fit_to_cpu(cfg: Config) -> None:
     process group uses gloo and is initialised here, because mmengine calls CUDA with every backend.
     """
     wrapper = cfg.get('optim_wrapper')
-    if wrapper and str(wrapper.get('type', '')).rpartition('.')[2] == 'AmpOptimWrapper':
+    if kind_of(wrapper) == 'AmpOptimWrapper':
         warnings.warn('no GPU: training in float32 instead of mixed precision')
         wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
@@ -28,7 +29,7 @@ def fit_to_cpu(cfg: Config) -> None:
         if (cfg.get(key) or {}).get('fp16'):
             warnings.warn(f'no GPU: {key} runs in float32 instead of mixed precision')
             cfg[key].fp16 = False
-    if _replace_sync_bn(cfg.model) or cfg.get('sync_bn'):
+    if replace_sync_bn(cfg.model) or cfg.get('sync_bn'):
         warnings.warn('no GPU: SyncBN becomes BN, whose statistics are those of one process')
         cfg.sync_bn = None
     logger = (cfg.get('default_hooks') or {}).get('logger')
@@ -40,7 +41,7 @@ def fit_to_cpu(cfg: Config) -> None:
     if str(cfg.get('runner_type')).rpartition('.')[2] == 'FlexibleRunner' and not cfg.get('strategy'):
         cfg.strategy = dict(type='DDPStrategy')  # mmengine's default
     if cfg.get('strategy'):
-        strategy = str(cfg.strategy.get('type', '')).rpartition('.')[2]
+        strategy = kind_of(cfg.strategy)
         if strategy == 'FSDPStrategy':
             cfg.strategy.setdefault('model_wrapper', dict(type='MMFullyShardedDataParallel'))
             cfg.strategy.model_wrapper.device_id = 'cpu'
@@ -53,12 +54,13 @@ def fit_to_cpu(cfg: Config) -> None:
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
 
 
-def _replace_sync_bn(node) -> bool:
-    found = isinstance(node, dict) and node.get('type') in ('SyncBN', 'MMSyncBN', 'naiveSyncBN')
+def replace_sync_bn(node: Any) -> bool:
+    """Makes SyncBN, which runs on GPUs only, BN wherever it stands in settings; whether there was any."""
+    found = isinstance(node, dict) and kind_of(node) in ('SyncBN', 'MMSyncBN', 'naiveSyncBN', 'SyncBatchNorm')
     if found:
         node['type'] = 'BN'
     parts = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
-    return any([_replace_sync_bn(part) for part in parts]) or found
+    return any([replace_sync_bn(part) for part in parts]) or found
 
 
 def _init_gloo(launcher: str, timeout: float | None = None) -> None:

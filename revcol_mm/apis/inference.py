@@ -35,7 +35,7 @@ from ..checkpoint.zoo import find_address
 from ..converters import to_current_names
 from ..runtime import EXTENSIONS, TOP, encode_map, encode_picture
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
-from .checks.common import class_of, settings_of_leaves
+from .checks.common import class_of, kind_of, settings_of_leaves
 from .checks.model import check_heads, check_sliding_window
 from .checks.report import Record
 from .checks.settings import put_classes_right
@@ -136,8 +136,7 @@ def build_inferencer(cfg: Config, checkpoint: str | None, device: str | None = N
 def _read_as_configured(inferencer, cfg: Config) -> None:
     """mmpretrain's inferencer reads files with the defaults, whatever the LoadImageFromFile of the test pipeline says."""
     preprocess = inferencer.preprocess
-    settings = next((step for step in cfg.test_dataloader.dataset.pipeline
-                     if str(step['type']).rpartition('.')[2] == 'LoadImageFromFile'), None)
+    settings = next((step for step in cfg.test_dataloader.dataset.pipeline if kind_of(step) == 'LoadImageFromFile'), None)
     if settings is not None:
         load = TRANSFORMS.build(dict(settings))
         inferencer.preprocess = lambda inputs, *args, **kwargs: preprocess(

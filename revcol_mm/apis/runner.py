@@ -26,6 +26,7 @@ from ..checkpoint.safe import first_names
 from ..converters import to_current_names
 from ..engine.workers import WorkersEndWithTraining
 from .checks import place_of_backbones
+from .checks.common import kind_of
 from .cpu import fit_to_cpu
 from .errors import LaunchError, build_errors
 from .saving import SafeSaving
@@ -157,12 +158,11 @@ def build_runner(cfg: Config, loads_whole_model: bool = False, kept: Config | No
         LaunchError: for settings that the model, a hook or another part refuses, and for parts that do not go together.
     """
     strategy = cfg.get('strategy') or {}
-    name = str(strategy.get('type')).rpartition('.')[2]
+    name = kind_of(strategy)
     if name == 'FSDPStrategy' and strategy.get('state_dict_cfg', 'local') == 'local':
         raise LaunchError("FSDPStrategy's state_dict_cfg must be 'full', because a training cannot be resumed from checkpoints "
                           "of the kind 'local', its default: safe loading refuses them. Use strategy.type=RevColFSDPStrategy")
-    hooks = [str(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
-    if name.endswith('FSDPStrategy') and any(hook.endswith('EMAHook') for hook in hooks):
+    if name.endswith('FSDPStrategy') and any(kind_of(hook).endswith('EMAHook') for hook in cfg.get('custom_hooks') or []):
         raise LaunchError('EMAHook copies the whole model, which is not possible with a sharded one. Without any custom hook: '
                           '--cfg-options custom_hooks="[]"; or leave this hook out in a config of your own')
     kind = cfg.get('runner_type', Runner)
@@ -193,7 +193,7 @@ def _add_exact_resume(cfg: Config) -> None:
     """Adds ExactResumeHook where a config does not name it. ``default_hooks.exact_resume=None`` leaves it out."""
     named = dict(cfg.get('default_hooks') or {})
     hooks = [*named.values(), *(cfg.get('custom_hooks') or [])]
-    if not any(isinstance(hook, dict) and str(hook.get('type')).endswith('ExactResumeHook') for hook in hooks):
+    if not any(kind_of(hook).endswith('ExactResumeHook') for hook in hooks):
         named.setdefault('exact_resume', dict(type='ExactResumeHook'))
     if named.get('exact_resume', {}) is None:  # which mmengine refuses for a hook that is none of its own
         del named['exact_resume']

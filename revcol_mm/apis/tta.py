@@ -6,7 +6,7 @@ from typing import Sequence
 
 from mmengine.config import Config, ConfigDict
 
-from .checks.common import settings_of_leaves
+from .checks.common import kind_of, settings_of_leaves
 from .errors import LaunchError
 
 #: Scales of the default test-time augmentation, relative to the test pipeline's; the plain view comes first.
@@ -37,7 +37,7 @@ def set_tta(cfg: Config) -> None:
     extras = dict(mmdet='revcol_mm.detection', mmseg='revcol_mm.segmentation', mmpretrain='revcol_mm.classification')
     if scope in extras:
         importlib.import_module(extras[scope])
-    model.type = REPLACED.get(str(model.type).removeprefix(f'{scope}.'), model.type)
+    model.type = REPLACED.get(kind_of(model), model.type)
     for dataset in settings_of_leaves(cfg.test_dataloader.dataset):
         if 'pipeline' not in dataset:
             raise LaunchError(f'--tta needs a data set with a pipeline, but {dataset.get("type")} in test_dataloader has none')
@@ -59,21 +59,18 @@ def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> l
         pipeline (Sequence[dict]): the test pipeline: loading, transforms, among them one that resizes, and packing at the end.
         scales (Sequence[float]): factors of the size that it resizes to. A pipeline without resizing is only flipped.
     """
-    def kind(step: dict) -> str:
-        return str(step['type']).rpartition('.')[2]
-
     steps = copy.deepcopy(list(pipeline))
     pack = steps.pop()
-    if kind(pack) == 'PackDetInputs':
+    if kind_of(pack) == 'PackDetInputs':
         keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
         pack['meta_keys'] = tuple(dict.fromkeys([*keys, 'flip', 'flip_direction']))
     # The annotations are those of the image as it is, so they are loaded after the flip.
-    annotations = [step for step in steps if kind(step) == 'LoadAnnotations']
-    steps = [step for step in steps if kind(step) != 'LoadAnnotations']
-    at = next((index for index, step in enumerate(steps) if 'Resize' in kind(step) and step.get('scale') is not None),
+    annotations = [step for step in steps if kind_of(step) == 'LoadAnnotations']
+    steps = [step for step in steps if kind_of(step) != 'LoadAnnotations']
+    at = next((index for index, step in enumerate(steps) if 'Resize' in kind_of(step) and step.get('scale') is not None),
               None) if len(scales) > 1 else None
     flips = [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)]
-    if kind(pack) != 'PackInputs':  # mmpretrain's flip has no such choice
+    if kind_of(pack) != 'PackInputs':  # mmpretrain's flip has no such choice
         flips = [dict(flip, direction='horizontal') for flip in flips]
     if at is None:
         views, before, after = [flips], steps, []

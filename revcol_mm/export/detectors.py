@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from ..apis.checks.common import kind_of
 from .boxes import as_rois, batched_nms, clip, decode, paste_masks, roi_features
 from .network import ExportedNet, bgr, refuse, shape_of
 
@@ -262,7 +263,7 @@ def _check_two_stage(model: nn.Module) -> None:
 
 def check_nms(cfg: Mapping[str, Any], name: str) -> None:
     """Raises ValueError unless the setting is plain NMS, the only kind that ONNX has."""
-    kind = cfg.get('type', 'nms')
+    kind = kind_of(cfg) if 'type' in cfg else 'nms'
     if kind != 'nms':
         raise ValueError(f"{name}.type must be 'nms' for an export to ONNX, which has no other, but got {kind!r}: "
                          f'--cfg-options {name}.type=nms makes it plain NMS, whose results differ a little')

@@ -5,6 +5,7 @@ from typing import Any, Mapping, Sequence
 
 from mmengine.config import Config
 
+from ..apis.checks.common import kind_of
 from ..apis.inference import read_test_settings
 
 #: Steps of a test pipeline that do not change the image.
@@ -50,7 +51,7 @@ def image_steps(pipeline: Sequence[Mapping]) -> list[dict[str, Any]]:
     """
     steps = []
     for step in pipeline:
-        kind, options = step['type'].rpartition('.')[2], {key: value for key, value in step.items() if key != 'type'}
+        kind, options = kind_of(step), {key: value for key, value in step.items() if key != 'type'}
         if kind == 'LoadImageFromFile':
             read = (options.get('color_type', 'color'), options.get('imdecode_backend') or 'cv2')
             if read != ('color', 'cv2') or options.get('to_float32'):

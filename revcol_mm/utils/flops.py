@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..apis.checks.common import kind_of
 from .configs import build_on_meta
 
 NUM_BOX_PROPOSALS = 1000
@@ -54,7 +55,7 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         pipelines = [cfg[key].dataset.pipeline for key in ('test_dataloader', 'train_dataloader') if cfg.get(key)]
         for step in (step for pipeline in pipelines for step in reversed(pipeline)):
             size = step.get('crop_size') or step.get('scale')
-            if step.type in ('CenterCrop', 'Resize', 'RandomResizedCrop') and size:
+            if kind_of(step) in ('CenterCrop', 'Resize', 'RandomResizedCrop') and size:
                 return (size, size) if isinstance(size, int) else tuple(size)
     raise ValueError(f'the usual input size of default_scope={scope!r} is not known: give a shape, height and width')
 

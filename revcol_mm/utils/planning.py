@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ..apis.checks.common import kind_of
+from ..apis.cpu import replace_sync_bn
 from ..models.backbones.base import ColumnStack
 from .configs import build_on_meta
 from .memory import StepBytes, count_step, without_memory
@@ -86,7 +88,7 @@ def training_shape(cfg: Config) -> tuple[int, int]:
     if scope == 'mmdet':
         size, divisor = _largest_image(dataset), (cfg.model.get('data_preprocessor') or {}).get('pad_size_divisor', 1)
         return tuple(math.ceil(length / divisor) * divisor for length in reversed(size)) if size else DETECTION_SHAPE
-    sizes = [step.get('crop_size') or step.get('scale') for step in dataset.get('pipeline', []) if 'Crop' in str(step.type)]
+    sizes = [step.get('crop_size') or step.get('scale') for step in dataset.get('pipeline', []) if 'Crop' in kind_of(step)]
     if not sizes or not sizes[-1]:
         raise ValueError(f'the training images of default_scope={scope!r} have no crop that tells their size: give --shape H W')
     return (sizes[-1], ) * 2 if isinstance(sizes[-1], int) else tuple(sizes[-1])
@@ -102,7 +104,7 @@ def _largest_image(dataset: dict) -> tuple[int, int] | None:
 def _transformed(steps: Sequence[dict], size: tuple[int, int] | None) -> tuple[int, int] | None:
     """The largest size that the transforms make of an image of this size: the last one that resizes it decides."""
     for step in steps:
-        kind = str(step.get('type')).rpartition('.')[2].strip("'>")  # of a name or a class
+        kind = kind_of(step)
         if step.get('transforms'):  # RandomChoice holds pipelines, others hold one
             parts = step['transforms'] if isinstance(step['transforms'][0], (list, tuple)) else [step['transforms']]
             size = max((_transformed(part, size) for part in parts), key=_area)
@@ -168,7 +170,7 @@ class Plan:
         wrapper = cfg.get('optim_wrapper')
         if not wrapper:
             raise ValueError(f'{cfg.filename} must have an optim_wrapper, which says how the model is trained, but has none')
-        if amp is None and str(wrapper.get('type', '')).rpartition('.')[2] == 'AmpOptimWrapper':
+        if amp is None and kind_of(wrapper) == 'AmpOptimWrapper':
             amp = wrapper.get('dtype') or 'fp16'
         if amp is not None and amp not in MIXED:
             raise ValueError(f'amp must be one of {", ".join(MIXED)}, but got {amp!r}')
@@ -180,12 +182,12 @@ class Plan:
         self.shape = tuple(shape or training_shape(cfg))
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f'shape must be two positive integers, height and width, but got {self.shape!r}')
-        self.sharded = gpus > 1 and str((cfg.get('strategy') or {}).get('type', '')).endswith('FSDPStrategy')
+        self.sharded = gpus > 1 and kind_of(cfg.get('strategy')).endswith('FSDPStrategy')
         kind = column_network(cfg)
         if not kind.INVERTIBLE:
             raise ValueError(f'{cfg.filename} must have a backbone that can be trained reversibly, but has {kind.__name__}, '
                              'whose columns have no inverse')
-        _without_sync_bn(cfg.model)
+        replace_sync_bn(cfg.model)
         self.model = build_on_meta(cfg).train()
         self.backbone: ColumnStack = self.model.backbone
         self._ways: dict[tuple[int | None, int], Way] = {}
@@ -203,8 +205,8 @@ class Plan:
         share = self.gpus if self.sharded else 1
         parts = {'parameters and buffers': parameters // share + _size(model.buffers()),
                  'gradients': gradients // share,
-                 f'optimizer state ({wrapper.optimizer.type})': self._optimizer_state() // share}
-        if any(str(hook.get('type')).endswith('EMAHook') for hook in self.cfg.get('custom_hooks') or []):
+                 f'optimizer state ({kind_of(wrapper.optimizer)})': self._optimizer_state() // share}
+        if any(kind_of(hook).endswith('EMAHook') for hook in self.cfg.get('custom_hooks') or []):
             parts['EMA copy'] = parameters + _size(model.buffers())
         if self.sharded:
             columns = sorted(_size(column.parameters()) for column in self.backbone.columns)
@@ -445,14 +447,6 @@ def _made_up(model: nn.Module, shape: Sequence[int]) -> tuple[Tensor, list]:
         return images, [SegDataSample(metainfo=info, gt_sem_seg=label) for label in labels]
     from mmpretrain.structures import DataSample
     return images, [DataSample().set_gt_label(0) for _ in images]
-
-
-def _without_sync_bn(node: Any) -> None:
-    """SyncBN, which runs on GPUs only, becomes BN."""
-    if isinstance(node, dict) and node.get('type') in ('SyncBN', 'MMSyncBN', 'naiveSyncBN'):
-        node['type'] = 'BN'
-    for part in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
-        _without_sync_bn(part)
 
 
 def _size(tensors: Any) -> int:

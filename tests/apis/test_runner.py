@@ -4,17 +4,21 @@ import re
 
 import pytest
 import torch
+from mmengine._strategy import DDPStrategy, FSDPStrategy
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
+from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, HOOKS, MODELS
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from revcol_mm.apis import cpu
 from revcol_mm.apis.errors import LaunchError
-from revcol_mm.apis.runner import build_runner
+from revcol_mm.apis.runner import _add_exact_resume, build_runner
 from revcol_mm.checkpoint import CheckpointError
+from revcol_mm.engine import ExactResumeHook, RevColFSDPStrategy
 from revcol_mm.models import RevCol
 
 RUNNERS = pytest.mark.parametrize('runner_type', ['Runner', 'FlexibleRunner'])
@@ -148,10 +152,25 @@ def test_a_training_starts_from_a_file_of_weights_alone(tmp_path, runner_type, s
         assert torch.equal(value, weights[key])
 
 
-@pytest.mark.parametrize('kind', ['FSDPStrategy', 'RevColFSDPStrategy'])
+@pytest.mark.parametrize('kind', ['FSDPStrategy', FSDPStrategy, 'RevColFSDPStrategy'])
 def test_sharded_checkpoints_that_cannot_be_resumed_from_are_refused_before_the_training(tmp_path, kind):
     with pytest.raises(LaunchError, match="state_dict_cfg must be 'full', because a training cannot be resumed"):
         build(tmp_path, 'FlexibleRunner', strategy=dict(type=kind, state_dict_cfg='local'))
+
+
+def test_classes_as_types_are_known_by_their_names(tmp_path, monkeypatch):
+    """As in mmengine's configs in pure Python."""
+    with pytest.raises(LaunchError, match='EMAHook copies the whole model'):
+        build(tmp_path, 'FlexibleRunner', strategy=dict(type=RevColFSDPStrategy), custom_hooks=[dict(type=EMAHook)])
+    cfg = Config(dict(custom_hooks=[dict(type=ExactResumeHook, priority=1)]))
+    _add_exact_resume(cfg)
+    assert not cfg.default_hooks
+    monkeypatch.setattr(cpu, '_init_gloo', lambda *_: None)
+    cfg = Config(dict(model=dict(norm_cfg=[dict(type=nn.SyncBatchNorm)]), launcher='pytorch', strategy=dict(type=DDPStrategy),
+                      optim_wrapper=dict(type=AmpOptimWrapper, loss_scale='dynamic')))
+    cpu.fit_to_cpu(cfg)
+    assert cfg.optim_wrapper == dict(type='OptimWrapper') and cfg.model.norm_cfg[0].type == 'BN'
+    assert cfg.strategy.model_wrapper.device_ids is None
 
 
 @RUNNERS

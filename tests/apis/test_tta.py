@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmdet.registry import MODELS
+from mmdet.models import DetTTAModel
+from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -172,7 +173,13 @@ def test_default_views_are_the_test_pipeline_at_several_scales_plain_and_flipped
     assert pack[0]['meta_keys'] == ('img_id', 'ori_shape', 'flip', 'flip_direction')
 
 
-@pytest.mark.parametrize('given', [None, 'DetTTAModel', 'mmdet.DetTTAModel'])
+def test_default_views_of_a_pipeline_with_classes_as_types():
+    pipeline = [dict(step, type=TRANSFORMS.get(step['type'])) for step in PIPELINE]
+    load, augment = tta.default_tta_pipeline(pipeline, (1.0, 0.5))
+    assert load == pipeline[0] and [len(views) for views in augment['transforms']] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize('given', [None, 'DetTTAModel', 'mmdet.DetTTAModel', DetTTAModel])
 def test_detectors_get_the_model_that_merges_masks(given):
     cfg = Config(dict(default_scope='mmdet', model=dict(type='A', test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms')))),
                       test_dataloader=dict(dataset=dict(type='B', pipeline=PIPELINE))))

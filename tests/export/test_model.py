@@ -11,12 +11,14 @@ import onnx
 import pytest
 import torch
 from mmcv.cnn.bricks.transformer import AdaptivePadding
+from mmcv.ops import nms, soft_nms
+from mmcv.transforms import CenterCrop
 from torch import nn
 
 from revcol_mm.checkpoint import CheckpointError
 from revcol_mm.export import export_backbone, export_model, exported_net
 from revcol_mm.export import model as exporting
-from revcol_mm.export.detectors import match_detections
+from revcol_mm.export.detectors import check_nms, match_detections
 from revcol_mm.export.metadata import describe, image_steps
 from revcol_mm.export.rewrites import AveragePool, CornerPadding, linspace_by_range
 from revcol_mm.models import RevCol
@@ -270,6 +272,13 @@ def test_file_tells_what_it_is(classifier, tmp_path):
 ])
 def test_resizing_of_the_test_is_described(name, expected):
     assert image_steps(load_config(name).test_dataloader.dataset.pipeline) == expected
+
+
+def test_classes_and_functions_as_types_are_described_by_their_names():
+    assert image_steps([dict(type=CenterCrop, crop_size=3)]) == [dict(type='CenterCrop', crop_size=[3, 3])]
+    check_nms(dict(type=nms, iou_threshold=0.5), 'test_cfg.nms')
+    with pytest.raises(ValueError, match="test_cfg.nms.type must be 'nms' .*, but got 'soft_nms'"):
+        check_nms(dict(type=soft_nms, iou_threshold=0.5), 'test_cfg.nms')
 
 
 @pytest.mark.parametrize('step', [dict(type='Pad', size_divisor=32), dict(type='Resize', scale_factor=0.5),

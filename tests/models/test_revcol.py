@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from revcol_mm.models import RevCol
@@ -142,8 +144,9 @@ def test_frozen_stages_freeze_the_stem_and_columns(stages, reversible):
             assert module.training != f'{name}.'.startswith(frozen), name
 
 
-def test_out_norm_cfg_normalises_the_channels_of_every_output():
-    net = RevCol(NARROW, out_indices=(1, 3), out_norm_cfg=dict(type='LN')).eval()
+@pytest.mark.parametrize('kind', ['LN', nn.LayerNorm])
+def test_out_norm_cfg_normalises_the_channels_of_every_output(kind):
+    net = RevCol(NARROW, out_indices=(1, 3), out_norm_cfg=dict(type=kind)).eval()
     features = net(torch.randn(2, 3, 64, 64))
     assert [feature.shape[1] for feature in features] == [16, 32]
     for feature in features:
@@ -196,8 +199,9 @@ def test_init_cfg_may_be_a_list_and_needs_a_checkpoint_to_load():
     net = RevCol(NARROW, init_cfg=[dict(type='Constant', layer='Conv2d', val=3.)])
     net.init_weights()
     assert (net.stem[0].weight == 3).all()
-    with pytest.raises(ValueError, match='checkpoint'):
-        RevCol(NARROW, init_cfg=dict(type='Pretrained')).init_weights()
+    for kind in ('Pretrained', PretrainedInit):
+        with pytest.raises(ValueError, match='checkpoint'):
+            RevCol(NARROW, init_cfg=dict(type=kind)).init_weights()
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 4, 64, 64), (3, 64, 64)])

@@ -4,12 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
+from mmcv.transforms import CenterCrop
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from torch import nn
 
 from revcol_mm.utils.configs import config_path
-from revcol_mm.utils.flops import build_on_meta, count, count_model
+from revcol_mm.utils.flops import build_on_meta, count, count_model, default_shape
 from tests.common import count_config, mostly_slow, run_tool
 
 # config: parameters in M, FLOPs in G (None: not printed), tables 2 and 3 of the paper, and of the ConvNeXt paper
@@ -168,6 +169,11 @@ def test_nothing_is_allocated_for_a_huge_model():
 def test_a_shape_that_is_none_is_refused(shape):
     with pytest.raises(ValueError, match='two positive integers'):
         count(load('mask_rcnn_revcol_t'), shape)
+
+
+def test_the_shape_of_a_classifier_is_that_of_its_crop_whose_type_may_be_a_class():
+    loader = dict(dataset=dict(pipeline=[dict(type=CenterCrop, crop_size=8)]))
+    assert default_shape(Config(dict(default_scope='mmpretrain', test_dataloader=loader))) == (8, 8)
 
 
 def test_the_tool_prints_a_line_per_part():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmseg.datasets.transforms import RandomCrop
 
 from revcol_mm.utils import planning
 from revcol_mm.utils.memory import StepBytes, count_step
@@ -180,6 +181,8 @@ class TestArguments:
         assert planning.training_shape(load_config('revcol_t_in1k')) == (224, 224)
         assert planning.training_shape(load_config('htc_revcol_h')) == (1408, 1600)  # short sides of up to 1400
         assert planning.training_shape(config()) == (800, 1344)
+        pipeline = [dict(type=RandomCrop, crop_size=(8, 9))]  # as in a config in pure Python
+        assert planning.training_shape(Config(dict(train_dataloader=dict(dataset=dict(pipeline=pipeline))))) == (8, 9)
         assert Plan(config('upernet_revcol_t')).autocast is torch.float16
         assert Plan(config('upernet_revcol_t'), amp='bf16').autocast is torch.bfloat16
 

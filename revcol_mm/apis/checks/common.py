@@ -22,9 +22,12 @@ def name_of(dataset: BaseDataset) -> str:
 
 
 def kind_of(settings: Any) -> str:
-    """The name of a type in a config, without its scope: 'mmdet.CocoDataset' and the class itself are 'CocoDataset'."""
+    """The name of a type in a config, without its scope: 'mmdet.CocoDataset' and the class itself are 'CocoDataset'.
+
+    Configs in pure Python have classes and functions as types.
+    """
     kind = settings.get('type') if hasattr(settings, 'get') else None
-    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
+    return getattr(kind, '__name__', None) or str(kind).rpartition('.')[2]
 
 
 def as_list(settings: Any) -> list:

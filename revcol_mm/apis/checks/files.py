@@ -18,7 +18,7 @@ from ...checkpoint.safe import is_local
 from ...checkpoint.zoo import PREFIX, find_address
 from ...converters import is_official
 from ..errors import LaunchError
-from .common import as_list
+from .common import as_list, kind_of
 
 #: Files and folders of well-known data sets below their ``data_root``.
 LAYOUTS = dict(
@@ -121,12 +121,11 @@ def _is_missing(path: str | None) -> bool:
 
 
 def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> str:
-    kind = str(dataset.get('type', 'data set'))
     root = dataset.get('data_root')
     text = f'there is no {path} (looked from {os.getcwd()}), which {section} needs.'
-    layout = LAYOUTS.get(kind.rpartition('.')[2])
+    layout = LAYOUTS.get(kind_of(dataset))
     if layout and root:
-        text += f' {kind} lies in {root}: {layout}.'
+        text += f' {kind_of(dataset)} lies in {root}: {layout}.'
     if root:
         link = root.rstrip('/')
         text += (f' If it is elsewhere, make a link (ln -s /path/to/data {link}), or name the place with --cfg-options '

@@ -9,7 +9,7 @@ import collections.abc
 from typing import Any, Callable, Mapping, Sequence
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -209,7 +209,7 @@ class ColumnStack(BaseModule):
         Raises:
             ValueError: if ``init_cfg`` is of type 'Pretrained' and names no checkpoint.
         """
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') in ('Pretrained', PretrainedInit):
             if not self.init_cfg.get('checkpoint'):
                 raise ValueError("init_cfg of type 'Pretrained' must have a checkpoint, which is a path or URL, but got "
                                  f'{dict(self.init_cfg)}')

@@ -222,7 +222,7 @@ def _build_out_norm(cfg: dict, channels: int) -> nn.Module:
     if not isinstance(cfg, dict):
         raise TypeError(f"out_norm_cfg must be a dict such as dict(type='LN'), or None, but got {cfg!r}")
     cfg = dict(cfg)
-    if cfg.get('type') in ('LN', 'LN2d'):  # mmcv's LN normalises the last dimension
+    if cfg.get('type') in ('LN', 'LN2d', nn.LayerNorm):  # mmcv's LN normalises the last dimension
         cfg.pop('type')
         return LayerNorm2d(channels, **dict(dict(eps=1e-6), **cfg))
     return build_norm_layer(cfg, channels)[1]
