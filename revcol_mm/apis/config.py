@@ -5,7 +5,7 @@ import importlib.util
 import os
 import os.path as osp
 import re
-from typing import Any
+from typing import Any, Sequence
 
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import ConfigParsingError
@@ -100,6 +100,13 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
     return cfg
+
+
+def check_present(cfg: Config, path: str, keys: Sequence[str]) -> None:
+    """Raises LaunchError if the config, whose file is ``path``, lacks one of the settings that a run needs."""
+    missing = [key for key in keys if not cfg.get(key)]
+    if missing:
+        raise LaunchError(f'{path} must have {", ".join(keys[:-1])} and {keys[-1]}, but has no {" and no ".join(missing)}')
 
 
 def _name_missing_package(error: ImportError, config: str) -> str:

@@ -19,7 +19,7 @@ from .checks import (
     find_model_classes,
 )
 from .checks.common import as_list, kind_of
-from .config import CHECKPOINT, add_run_arguments, load_config
+from .config import CHECKPOINT, add_run_arguments, check_present, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel
 from .pictures import check_label_maps, name_pictures_apart
@@ -59,9 +59,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_test_args(argv)
     cfg = load_config(args)
     scope = cfg.get('default_scope')
-    missing = [key for key in ('test_dataloader', 'test_evaluator') if not cfg.get(key)]
-    if missing:
-        raise LaunchError(f'{args.config} must have test_dataloader and test_evaluator, but has no {" and no ".join(missing)}')
+    check_present(cfg, args.config, ('test_dataloader', 'test_evaluator'))
     args.checkpoint = find_address(args.checkpoint, args.config)
     cfg.load_from, cfg.resume = args.checkpoint, False
     cfg.init_weights_for_test_or_val = False  # FlexibleRunner would look for pre-trained weights, which are replaced

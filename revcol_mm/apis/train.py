@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from ..checkpoint.zoo import find_address
 from ..engine import CurvesHook
 from .checks import check_checkpoint, check_class_folders, check_data, check_pretrained, check_run, check_settings, rehearse
-from .config import add_run_arguments, load_config
+from .config import add_run_arguments, check_present, load_config
 from .errors import LaunchError, build_errors
 from .lock import lock_work_dir
 from .own_data import draw_samples, own_data_folder, use_own_data
@@ -54,6 +54,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_train_args(argv)
     cfg = load_config(args)
+    check_present(cfg, args.config, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
     if args.data is not None:
         print('\n'.join(use_own_data(cfg, args.data, args.val_fraction, args.cfg_options)))
     elif args.val_fraction is not None:

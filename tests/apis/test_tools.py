@@ -318,6 +318,14 @@ def test_a_config_without_a_test_is_named():
         test.test(['revcol_b_in22k', 'x.pth'])
 
 
+@pytest.mark.parametrize('options', [(), ('--amp', ), ('--dry-run', )])
+def test_a_config_without_a_training_is_named(tmp_path, options):
+    (tmp_path / 'model.py').write_text('model = dict()\ntrain_cfg = dict(max_epochs=1)\n')
+    with pytest.raises(errors.LaunchError, match='model.py must have train_dataloader, train_cfg and optim_wrapper, but has no '
+                                                 'train_dataloader and no optim_wrapper'):
+        train.train(['model.py', *options])
+
+
 def test_upernet_on_single_images_is_refused_with_the_remedy(workshop):
     with pytest.raises(errors.LaunchError, match='raise train_dataloader.batch_size'):
         train.train([str(workshop / 'segmentation.py'), '--work-dir', 'w', '--cfg-options', 'train_dataloader.batch_size=1'])
