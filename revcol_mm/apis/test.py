@@ -2,12 +2,16 @@
 """Testing, for ``tools/test.py``."""
 import argparse
 import contextlib
+import os
 import os.path as osp
 from typing import Sequence
 
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import dump
 from mmengine.registry import METRICS
 
+from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.zoo import find_address
 from .checks import (
     check_checkpoint,
@@ -18,7 +22,7 @@ from .checks import (
     find_file_classes,
     find_model_classes,
 )
-from .checks.common import as_list, kind_of
+from .checks.common import as_list, kind_of, say
 from .config import CHECKPOINT, add_run_arguments, check_present, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel
@@ -80,8 +84,12 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         _set_visualization(cfg, args)
     if args.tta:
         set_tta(cfg)
-    dump = args.out is not None and args.out.endswith(('.pkl', '.pickle'))
-    if args.out is not None and not dump:
+    dumps = args.out is not None and args.out.endswith(('.pkl', '.pickle'))
+    if dumps:
+        check_folder(osp.dirname(args.out), make=True)
+        os.makedirs(osp.dirname(osp.abspath(args.out)), exist_ok=True)
+        check_output(args.out, '', force=True)
+    elif args.out is not None:
         if scope != 'mmseg':
             raise LaunchError(f'--out must be a file that ends in .pkl or .pickle, but got {args.out}')
         for evaluator in as_list(cfg.test_evaluator):
@@ -91,9 +99,8 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
         runner.model = model
     with build_errors(cfg, runner):
         check_run(runner, ('test', ), classes, args.check_data)
-        if dump:  # not earlier, because it builds the data set
-            kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
-            runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=args.out)))
+        if dumps:  # not earlier, because it builds the data set
+            runner.test_evaluator.metrics.append(_dumping(scope, args.out))
         elif args.out is not None:
             check_label_maps(runner, args.out)
         if args.show_dir:
@@ -127,6 +134,20 @@ def _take_file(cfg: Config, args: argparse.Namespace) -> ONNXModel:
         print('HeadAccuracy is left out: a file has the scores of the last head alone')
         cfg.test_evaluator = kept
     return model
+
+
+def _dumping(scope: str | None, path: str) -> BaseMetric:
+    """The package's metric that collects the predictions. It writes the whole file or none, unlike mmengine."""
+    def write(results: list) -> dict[str, float]:
+        with write_whole(path) as file:
+            dump(results, file, file_format='pkl')
+        say(f'the predictions are in {path}')
+        return {}
+
+    kind = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
+    metric = METRICS.build(dict(type=kind, out_file_path=path))
+    metric.compute_metrics = write
+    return metric
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:

@@ -176,10 +176,13 @@ def check_output(path: str, source: str, force: bool) -> None:
 
 
 def check_folder(path: str, make: bool = False) -> None:
-    """Raises CheckpointError if the folder of an output does not exist; with ``make`` only if it cannot be made."""
+    """Raises CheckpointError if the folder of an output does not exist or is read-only; with ``make`` if it cannot be made."""
     existing = os.path.abspath(path)
     while make and not os.path.lexists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         state = f'cannot be made: {existing} is a file' if make else 'does not exist'
         raise CheckpointError(f'the output folder {path} {state}; choose another one')
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f'the output folder must be one that can be written to, but {existing} is read-only; choose '
+                              'another one')

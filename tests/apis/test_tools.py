@@ -378,3 +378,16 @@ def test_other_mistakes_are_named(workshop, tmp_path, capsys):
     torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
     with pytest.raises(errors.LaunchError, match=r'--out must .*\.pkl.*, but got predictions.json'):
         test.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'predictions.json'])
+    with pytest.raises(errors.CheckpointError, match='the output folder empty.pth/a cannot be made: .*empty.pth is a file'):
+        test.test([str(workshop / 'detection.py'), 'empty.pth', '--out', 'empty.pth/a/predictions.pkl'])
+
+
+def test_predictions_are_written_whole_or_not_at_all(tmp_path):
+    for scope in ('mmdet', 'mmseg'):
+        path = tmp_path / f'{scope}.pkl'
+        metric = test._dumping(scope, str(path))
+        metric.compute_metrics([1])
+        with pytest.raises(AttributeError):
+            metric.compute_metrics([2, lambda: None])  # which no file can hold
+        assert pickle.loads(path.read_bytes()) == [1] and metric.collect_device == 'cpu'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['mmdet.pkl', 'mmseg.pkl']

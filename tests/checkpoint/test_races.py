@@ -41,6 +41,14 @@ def test_a_file_with_a_new_name_appears(tmp_path):
     assert (tmp_path / 'out.pth').read_bytes() == b'content' and os.listdir(tmp_path) == ['out.pth']
 
 
+def test_a_folder_that_is_read_only_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, 'access', lambda path, mode: path != str(tmp_path))  # root may write everywhere
+    files.check_folder(str(tmp_path.parent / 'new'), make=True)
+    for folder, make in ((tmp_path, False), (tmp_path / 'a' / 'b', True)):
+        with pytest.raises(CheckpointError, match=f'can be written to, but {tmp_path} is read-only'):
+            files.check_folder(str(folder), make)
+
+
 def test_a_folder_is_replaced_after_a_process_was_killed_in_between(tmp_path):
     for name in ('out', 'draft', 'draft.outdated'):
         (tmp_path / name).mkdir()
