@@ -61,9 +61,8 @@ def default_tta_pipeline(pipeline: Sequence[dict], scales: Sequence[float]) -> l
     """
     steps = copy.deepcopy(list(pipeline))
     pack = steps.pop()
-    if kind_of(pack) == 'PackDetInputs':
-        keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-        pack['meta_keys'] = tuple(dict.fromkeys([*keys, 'flip', 'flip_direction']))
+    if 'meta_keys' in pack:  # without the flip a prediction would not be flipped back; the defaults have it
+        pack['meta_keys'] = tuple(dict.fromkeys([*pack['meta_keys'], 'flip', 'flip_direction']))
     # The annotations are those of the image as it is, so they are loaded after the flip.
     annotations = [step for step in steps if kind_of(step) == 'LoadAnnotations']
     steps = [step for step in steps if kind_of(step) != 'LoadAnnotations']

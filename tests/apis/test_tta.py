@@ -173,6 +173,13 @@ def test_default_views_are_the_test_pipeline_at_several_scales_plain_and_flipped
     assert pack[0]['meta_keys'] == ('img_id', 'ori_shape', 'flip', 'flip_direction')
 
 
+@pytest.mark.parametrize('kind', ['mmdet.PackDetInputs', 'mmseg.PackSegInputs', 'mmpretrain.PackInputs'])
+def test_default_views_always_tell_whether_they_are_flipped(kind):
+    for keys in (dict(meta_keys=['ori_shape']), {}):
+        views = tta.default_tta_pipeline([*PIPELINE[:2], dict(type=kind, **keys)], (1.0, ))[-1]
+        assert {'flip', 'flip_direction'} <= set(TRANSFORMS.build(views['transforms'][-1][0]).meta_keys)
+
+
 def test_default_views_of_a_pipeline_with_classes_as_types():
     pipeline = [dict(step, type=TRANSFORMS.get(step['type'])) for step in PIPELINE]
     load, augment = tta.default_tta_pipeline(pipeline, (1.0, 0.5))
