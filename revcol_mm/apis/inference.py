@@ -394,7 +394,7 @@ class Numbering:
 
     def image(self, path: str, index: int) -> int:
         """The id of an image. Raises ValueError for an image that the annotations do not contain."""
-        if not self.images:
+        if not self.source:
             return index + 1
         if osp.basename(path) not in self.images:
             raise ValueError(f'{self.source} has no image of this name: add it there, or leave it out here')

@@ -372,3 +372,10 @@ def test_an_image_beyond_the_limit_of_pillow_is_predicted(workshop, images, tmp_
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)  # that of the images is 9216, and Pillow refuses twice its limit
     run(workshop, 'classification', images[0], '--out', tmp_path)
     assert len(json.loads((tmp_path / 'predictions.json').read_text())) == 5 and Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_an_annotation_file_without_images_numbers_none(tmp_path):
+    (tmp_path / 'none.json').write_text('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}')
+    with pytest.raises(ValueError, match='none.json has no image of this name'):
+        inference.Numbering.from_annotations(str(tmp_path / 'none.json')).image('a.png', 0)
+    assert inference.Numbering().image('a.png', 0) == 1

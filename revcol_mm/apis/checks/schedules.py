@@ -13,10 +13,14 @@ def count_accumulation(cfg: Config) -> None:
     """Makes mmengine's scaling of the learning rate count the batches that are accumulated for one step of the optimizer.
 
     mmengine divides the batch size of one process times the number of processes by ``base_batch_size``.
+
+    Raises:
+        LaunchError: ``base_batch_size`` is missing.
     """
-    scale, counts = cfg.get('auto_scale_lr') or {}, (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
-    if not scale.get('enable') or counts == 1 or scale.get('accumulative_counts') == counts:
+    uncounted = _uncounted(cfg)
+    if uncounted is None:
         return
+    scale, counts = uncounted
     scale['base_batch_size'], base = scale['base_batch_size'] / counts, scale['base_batch_size']
     scale['accumulative_counts'] = counts
     print_log(f'the learning rate is scaled for batches of {counts} times train_dataloader.batch_size, which are accumulated '
@@ -28,13 +32,29 @@ def check_accumulation(cfg: Config) -> None:
     """For tools that do not call :func:`count_accumulation`.
 
     Raises:
-        LaunchError: the scaling of the learning rate ignores the accumulation.
+        LaunchError: the scaling of the learning rate ignores the accumulation, or has no ``base_batch_size``.
     """
-    scale, counts = cfg.get('auto_scale_lr') or {}, (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
-    if scale.get('enable') and counts != 1 and scale.get('accumulative_counts') != counts:
+    uncounted = _uncounted(cfg)
+    if uncounted is not None:
+        scale, counts = uncounted
         raise LaunchError(f'the scaling of the learning rate must count the accumulated batches, but accumulative_counts is '
                           f'{counts} and mmengine leaves it out: set auto_scale_lr.base_batch_size to '
                           f'{scale["base_batch_size"]}/{counts} and auto_scale_lr.accumulative_counts to {counts}')
+
+
+def _uncounted(cfg: Config) -> tuple[dict, int] | None:
+    """The settings of the scaling, and the accumulated batches that it does not count; None if there are none.
+
+    Raises:
+        LaunchError: the batch size to scale from is missing.
+    """
+    scale, counts = cfg.get('auto_scale_lr') or {}, (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+    if not scale.get('enable') or counts == 1 or scale.get('accumulative_counts') == counts:
+        return None
+    if not scale.get('base_batch_size'):
+        raise LaunchError('auto_scale_lr must have the base_batch_size that the learning rate is made for, but has '
+                          f'{dict(scale)}: add it, or set auto_scale_lr.enable=False')
+    return scale, counts
 
 
 def check_schedulers(cfg: Config, repair: bool = True) -> None:

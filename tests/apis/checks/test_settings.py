@@ -70,6 +70,14 @@ def test_accumulated_batches_count_when_the_learning_rate_is_scaled(cfg):
     check_accumulation(cfg)
 
 
+def test_a_scaled_learning_rate_needs_its_batch_size(cfg):
+    cfg.optim_wrapper.accumulative_counts = 8
+    del cfg.auto_scale_lr.base_batch_size
+    for check in (check_accumulation, count_accumulation):
+        with pytest.raises(LaunchError, match="must have the base_batch_size .*, but has {'enable': True}: add it"):
+            check(cfg)
+
+
 def test_an_absolute_end_of_a_cosine_becomes_a_ratio_of_every_rate(cfg):
     cfg.param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-5, T_max=4, by_epoch=False)]
     with pytest.raises(LaunchError, match=r'param_scheduler\[0\].*eta_min=1e-05 is one rate for all: set eta_min_ratio=0.01'):
