@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -12,6 +13,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from ..checkpoint import CheckpointError
+from ..utils.configs import MODEL_ERRORS
 
 #: Import name and PyPI name of the packages that a config's ``default_scope`` can name.
 PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation', mmpretrain='mmpretrain')
@@ -43,17 +45,30 @@ def plain_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """A context for tools that only ask something about a config: without log and warnings, which matter for training.
+    """A context for tools that only read a config and print an answer: errors become one sentence, logs are off.
 
     Raises:
-        LaunchError: for settings that are refused, with the reason.
+        LaunchError: for settings that are refused, with the reason, and the place in the code where the reason does not tell.
     """
     with warnings.catch_warnings(), quiet_log():
         warnings.simplefilter('ignore')
         try:
             yield
-        except (ValueError, KeyError, TypeError) as error:  # KeyError: a type that no registry knows
-            raise LaunchError(error.args[0] if error.args else type(error).__name__) from error
+        except (LaunchError, CheckpointError, ModuleNotFoundError):
+            raise
+        except MODEL_ERRORS as error:
+            reason = str(error.args[0]) if error.args else ''
+            told = isinstance(error, (ValueError, KeyError, TypeError)) and ' ' in reason  # KeyError: a type no registry knows
+            raise LaunchError(reason if told else _with_place(error)) from error
+
+
+def _with_place(error: Exception) -> str:
+    """The kind of an error, its reason, and the last place in the code that is not torch's own or called by torch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = next((frame for frame in reversed(frames)
+                  if f'{os.sep}torch{os.sep}' not in frame.filename and '__torch_' not in frame.name), frames[-1])
+    reason = error.args[0] if error.args else 'no reason given'
+    return f'{type(error).__name__}: {reason} ({where.filename}, line {where.lineno})'
 
 
 @contextlib.contextmanager
@@ -104,7 +119,4 @@ def build_errors(cfg: Config, runner=None) -> Iterator[None]:
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         if begun.value:
             raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = error.args[0] if error.args else 'no reason given'
-        raise LaunchError(f'{cfg.filename} cannot be built: {type(error).__name__}: {reason} ({where.filename}, line '
-                          f'{where.lineno})') from error
+        raise LaunchError(f'{cfg.filename} cannot be built: {_with_place(error)}') from error

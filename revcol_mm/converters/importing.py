@@ -21,7 +21,7 @@ from ..checkpoint.names import (
     official_names,
 )
 from ..checkpoint.safe import CheckpointError, first_names
-from ..utils.configs import build_on_meta
+from ..utils.configs import MODEL_ERRORS, build_on_meta
 from .backbone import Backbone, find_backbone
 
 CLASSIFIERS = ('cls.', 'cls_blocks.', 'decoder_blocks.')  # what the authors' classifiers hold beside the backbone
@@ -224,8 +224,7 @@ def model_shapes(config: Config) -> dict[str, torch.Size]:
         raise CheckpointError(f'{_name(config)} must define a model, but has none: give the config of a model')
     try:
         return {key: value.shape for key, value in build_on_meta(config).state_dict().items()}
-    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
-            ValueError) as error:
+    except MODEL_ERRORS as error:
         reason = (str(error).strip('"') or 'no reason given').splitlines()[0]
         raise CheckpointError(f'the model of {_name(config)} cannot be built: {type(error).__name__}: {reason}') from error
 

@@ -12,6 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+#: What a model raises that is built or run with settings that do not go together.
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

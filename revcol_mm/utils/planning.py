@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..apis.checks.common import kind_of
+from ..apis.checks.common import as_list, kind_of
 from ..apis.cpu import replace_sync_bn
 from ..models.backbones.base import ColumnStack
 from .configs import build_on_meta
@@ -247,7 +247,11 @@ class Plan:
     @cached_property
     def heads(self) -> StepBytes:
         """Bytes of what comes behind backbone and neck: an estimate; see :func:`count_heads`."""
-        return count_heads(self.cfg, self._features, self.shape, self.batch, self.autocast)
+        try:
+            return count_heads(self.cfg, self._features, self.shape, self.batch, self.autocast)
+        except (AssertionError, IndexError, RuntimeError):
+            _check_widths(self.cfg, self.backbone)
+            raise
 
     @property
     def trained_columns(self) -> int:
@@ -327,7 +331,8 @@ class Plan:
         with without_memory(self._body) as model:
             try:
                 return count_step(model, self._images(shape, batch), forward=model.extract_feat, autocast=self.autocast)
-            except RuntimeError as error:
+            except (AssertionError, RuntimeError) as error:
+                _check_widths(self.cfg, self.backbone)
                 raise ValueError(f'backbone and neck cannot run on images of {shape[0]}×{shape[1]}: {error}') from error
 
     def _images(self, shape: Sequence[int], batch: int) -> Tensor:
@@ -337,6 +342,23 @@ class Plan:
         """Shapes of what the heads read."""
         with without_memory(self._body) as model, torch.no_grad():
             return [feature.shape for feature in model.extract_feat(self._images(shape, batch))]
+
+
+def _check_widths(cfg: Config, backbone: ColumnStack) -> None:
+    """Tells of a model that cannot run whether its neck, or else its decode head, expects other features than it gets.
+
+    Raises:
+        ValueError: it does.
+    """
+    name = next((name for name in ('neck', 'decode_head') if (cfg.model.get(name) or {}).get('in_channels')), None)
+    if name is None:
+        return
+    outputs = [backbone.channels[level] for level in backbone.out_indices]
+    expected, indices = as_list(cfg.model[name].in_channels), cfg.model[name].get('in_index', list(range(len(outputs))))
+    got = [outputs[index] for index in as_list(indices) if index < len(outputs)]
+    if expected != got and not (len(expected) == 1 and expected[0] in got):
+        raise ValueError(f'model.{name}.in_channels must be the channels of the outputs of the backbone, {outputs}, but is '
+                         f"{cfg.model[name].in_channels}: change it, or the backbone's arch and out_indices")
 
 
 def count_heads(cfg: Config, features: Callable, shape: Sequence[int], batch: int,

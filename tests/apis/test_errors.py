@@ -2,11 +2,12 @@
 import errno
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from revcol_mm.apis.errors import LaunchError, build_errors, plain_errors
+from revcol_mm.apis.errors import LaunchError, asking, build_errors, plain_errors
 from revcol_mm.checkpoint import CheckpointError
 
 
@@ -50,3 +51,25 @@ def test_what_a_hook_refuses_before_the_run_is_one_sentence_and_errors_of_the_ru
     with pytest.raises(error, match=text), build_errors(Config(dict(model=dict(type='Net'))), runner):
         runner.call_hook('before_test' if place == 'before_test' else 'before_train')
         runner.call_hook('before_train_epoch')
+
+
+@pytest.mark.parametrize('error, sentence', [
+    (ValueError('x must be y'), 'x must be y$'), (KeyError('x is not registered'), 'x is not registered$'),
+    (KeyError('x'), r'KeyError: x \(.*test_errors.py, line \d+\)$'),
+    (RuntimeError('k out of range'), r'RuntimeError: k out of range \(.*test_errors.py, line \d+\)$'),
+    (AssertionError(), r'AssertionError: no reason given \(.*test_errors.py, line \d+\)$'),
+    (LaunchError('x'), 'x$'), (CheckpointError('x'), 'x$')])
+def test_what_a_question_about_a_config_raises_becomes_one_sentence_with_its_place(error, sentence):
+    with pytest.raises((LaunchError, CheckpointError), match=f'^{sentence}'), asking():
+        raise error
+
+
+def test_missing_packages_and_files_keep_their_own_sentences():
+    for error in (ModuleNotFoundError('x', name='x'), FileNotFoundError('x')):
+        with pytest.raises(type(error)), asking():
+            raise error
+
+
+def test_the_place_is_the_call_and_not_inside_of_torch():
+    with pytest.raises(LaunchError, match=r'RuntimeError: .* \(.*test_errors.py, line \d+\)$'), asking():
+        torch.nn.Linear(2, 2)(torch.zeros(3))

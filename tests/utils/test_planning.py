@@ -176,6 +176,23 @@ class TestArguments:
         with pytest.raises(ValueError, match=sentence):
             Plan(config(), **arguments)
 
+    @pytest.mark.parametrize('options', [dict(model__neck__in_channels=[2, 4, 6, 8]),
+                                         dict(model__backbone__out_indices=(1, 2, 3))])
+    def test_a_neck_for_another_backbone_is_named_and_the_images_are_not_blamed(self, options):
+        with pytest.raises(ValueError, match=r'model.neck.in_channels must be the channels of the outputs of the backbone, \['):
+            Plan(changed(**options), SHAPE, 1).way(0)
+
+    @pytest.mark.parametrize('head, fits', [
+        (dict(in_channels=[8, 16], in_index=[1, 2]), True), (dict(in_channels=16, in_index=2), True),
+        (dict(in_channels=[8, 16], in_index=[0, 1]), False), (dict(in_channels=[4, 8, 16, 32], in_index=[0, 1, 2, 3]), False),
+        (dict(in_channels=32, in_index=3), False), (dict(in_channels=[4, 8, 16]), True)])
+    def test_a_decode_head_that_fails_is_named_if_it_does_not_fit_the_outputs_that_it_reads(self, monkeypatch, head, fits):
+        monkeypatch.setattr(planning, 'count_heads', mock.Mock(side_effect=IndexError))
+        plan = mock.Mock(cfg=Config(dict(model=dict(neck=None, decode_head=head))),
+                         backbone=mock.Mock(channels=(4, 8, 16, 32), out_indices=(0, 1, 2)))
+        with pytest.raises(IndexError if fits else ValueError, match='' if fits else 'model.decode_head.in_channels must be'):
+            Plan.heads.func(plan)
+
     def test_the_shape_and_the_precision_are_those_of_the_config(self):
         assert planning.training_shape(load_config('upernet_revcol_t')) == (512, 512)
         assert planning.training_shape(load_config('revcol_t_in1k')) == (224, 224)
