@@ -76,15 +76,15 @@ def count(cfg: Config, shape: Sequence[int] | None = None) -> dict[str, Cost]:
     shape = tuple(shape) if shape is not None else default_shape(cfg)
     if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f'shape must be two positive integers, height and width, but got {shape!r}')
-    return count_model(build_on_meta(cfg), shape)
+    return count_model(build_on_meta(cfg), shape, (cfg.model.get('backbone') or {}).get('in_channels', 3))
 
 
-def count_model(model: nn.Module, shape: Sequence[int]) -> dict[str, Cost]:
-    """:func:`count` for a model that is already built, on the meta device and in eval mode."""
+def count_model(model: nn.Module, shape: Sequence[int], channels: int = 3) -> dict[str, Cost]:
+    """:func:`count` for a model that is already built, on the meta device and in eval mode, and images of so many channels."""
     params: Counter = Counter()
     for name, parameter in model.named_parameters():
         params[_part(name)] += parameter.numel()
-    image = torch.empty(1, 3, *shape, device='meta')
+    image = torch.empty(1, channels, *shape, device='meta')
     with torch.no_grad(), _meta_transformers(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, \
             _by_part(model, counter.get_total_flops) as flops:
         _forward(model, image)

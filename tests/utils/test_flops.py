@@ -11,7 +11,7 @@ from torch import nn
 
 from revcol_mm.utils.configs import config_path
 from revcol_mm.utils.flops import build_on_meta, count, count_model, default_shape
-from tests.common import count_config, mostly_slow, run_tool
+from tests.common import CHANNELS, count_config, mostly_slow, run_tool, small_arch
 
 # config: parameters in M, FLOPs in G (None: not printed), tables 2 and 3 of the paper, and of the ConvNeXt paper
 CONVNEXT_T = 'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py'
@@ -150,6 +150,14 @@ def test_counting_leaves_the_model_as_it_was():
     first = count_model(model, (64, 64))
     assert count_model(model, (64, 64)) == first
     assert not any('forward' in vars(module) for module in model.modules())
+
+
+def test_the_channels_of_the_image_are_those_of_the_config():
+    def backbone(channels: int) -> int:
+        model = dict(type='ImageClassifier', backbone=dict(type='RevCol', arch=small_arch(), in_channels=channels))
+        return count(Config(dict(default_scope='mmpretrain', model=model)), (64, 96))['backbone'].macs
+
+    assert backbone(5) - backbone(3) == 2 * 4 * 4 * CHANNELS[0] * 16 * 24  # the stem: 4×4 pixels each
 
 
 @pytest.mark.parametrize('backbone', [dict(type='mmpretrain.ConvNeXt', arch='atto'), dict(type='mmpretrain.SwinTransformer')])
