@@ -28,8 +28,8 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='train in mixed precision, if the config does not do so already; those of this package do, '
                              'except the demos. Without a GPU the training is in float32')
     parser.add_argument('--resume', nargs='?', const='auto', metavar='FILE',
-                        help='continue a training from this checkpoint of it; with "auto", or without FILE, from the last '
-                             'checkpoint in the work folder')
+                        help='continue a training from one of its checkpoints; with "auto", or without FILE, from the '
+                             'last one in the work folder')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the real batch size over auto_scale_lr.base_batch_size')
     parser.add_argument('--data', metavar='FOLDER',
@@ -70,8 +70,9 @@ def train(argv: Sequence[str] | None = None) -> None:
     if cfg.get('load_from'):
         address = find_address(cfg.load_from, args.config)
         if resume and address != cfg.load_from:
-            raise LaunchError(f'a training can be resumed only from a checkpoint of a training, but {cfg.load_from} stands for '
-                              f'weights alone. To start a training from them: --cfg-options load_from={cfg.load_from}')
+            raise LaunchError(f'a training can be resumed only from a checkpoint of a training, but {cfg.load_from} names '
+                              'published weights, which have no training state. To start a training from them: '
+                              f'--cfg-options load_from={cfg.load_from}')
         cfg.load_from = address
     check_checkpoint(cfg.get('load_from'), '--resume' if resume else 'load_from', resume)
     check_settings(cfg, ('train', 'val'))

@@ -38,8 +38,8 @@ def write_whole(path: str, replace: bool = True) -> Iterator[IO[bytes]]:
             yield file
         put_in_place(temporary, path, replace)
     except FileExistsError as error:
-        raise CheckpointError(f'the output {error.filename2 or path} exists now, written by another process: choose another '
-                              'name, or replace it with force') from None
+        raise CheckpointError(f'another process has created the output {error.filename2 or path} in the meantime: choose '
+                              'another name, or replace it with force') from None
     except OSError as error:
         raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no part of it was kept. Make room, or '
                               'choose another folder') from None

@@ -117,8 +117,8 @@ def place_files(path: str, force: bool) -> Iterator[str]:
             if force and f'{name}.data' not in entries and osp.exists(f'{path}.data'):  # of the file that is replaced
                 os.unlink(f'{path}.data')
     except FileExistsError:
-        raise CheckpointError(f'the output {path} exists now, written by another process: choose another name, or replace it '
-                              'with force') from None
+        raise CheckpointError(f'another process has created the output {path} in the meantime: choose another name, or '
+                              'replace it with force') from None
     except OSError as error:
         raise CheckpointError(f'{path} could not be written: {error.strerror or error}; no part of it was kept. Make room, or '
                               'choose another folder') from None

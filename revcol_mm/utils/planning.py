@@ -29,7 +29,8 @@ from .memory import StepBytes, count_step, without_memory
 BODY = ('backbone', 'neck')
 #: Training images of a detector whose config does not tell their size.
 DETECTION_SHAPE = (800, 1344)
-#: Areas in pixels at which the heads are measured. On smaller images another moment is the largest one.
+#: Areas in pixels at which the heads are measured. On smaller images, memory is highest at a different point of the step, so a
+#: line through them would be wrong.
 HEAD_AREAS = (384**2, 512**2)
 #: Images of that measurement: two, because batch norms of pooled features need two. Boxes per image: so many that every stage
 #: of a two-stage detector gets all the positive boxes that it samples, a quarter of 512, as in a crowded image.
@@ -414,7 +415,8 @@ def _build_heads(cfg: Config) -> nn.Module:
 class _NoArithmetic(TorchDispatchMode):
     """Convolutions, matrix products and RoIAlign give zeros of the right shape, layout and dtype, at once.
 
-    Because of them the heads take minutes on a CPU. With zeros an RPN proposes its anchors, and all that follows goes its way.
+    Because of them the heads take minutes on a CPU. With zeros the RPN returns its anchors as proposals, and the later
+    steps run as usual.
     """
 
     SKIPPED = {'aten::convolution', 'aten::convolution_backward', 'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm',

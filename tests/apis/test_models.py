@@ -144,5 +144,5 @@ def test_load_from_takes_a_classifier_of_the_authors(folder, published, lines, t
 
 def test_a_training_is_not_resumed_from_published_weights(published, tmp_path):
     config = str(DEMO / f'{TASKS["classification"]}.py')
-    with pytest.raises(LaunchError, match='zoo stands for weights alone. To start .*: --cfg-options load_from=zoo$'):
+    with pytest.raises(LaunchError, match='zoo names published weights, .*no training state.* --cfg-options load_from=zoo$'):
         train.train([config, '--resume', 'zoo', '--work-dir', str(tmp_path)])

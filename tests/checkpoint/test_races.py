@@ -27,7 +27,7 @@ def _file_system(request, monkeypatch):
 @pytest.mark.usefixtures('_file_system')
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     path = tmp_path / 'out.pth'
-    with pytest.raises(CheckpointError, match=r'out.pth exists now, written by another process: .* replace it with force'):
+    with pytest.raises(CheckpointError, match=r'has created the output .*out.pth in the meantime: .* replace it with force'):
         with files.write_whole(str(path), replace=False) as file:
             file.write(b'second')
             path.write_bytes(b'first')
@@ -75,7 +75,7 @@ def rival(monkeypatch, module, path):
 
 def test_publish_checkpoint_does_not_replace_what_appears_meanwhile(checkpoint, monkeypatch):
     rival(monkeypatch, vars(publishing), lambda path: path)
-    with pytest.raises(CheckpointError, match=r'out-\w+\.(pth|json) exists now'):
+    with pytest.raises(CheckpointError, match=r'out-\w+\.(pth|json) in the meantime'):
         publish_checkpoint(str(checkpoint), str(checkpoint.parent / 'out.pth'))
     rest = [path for path in checkpoint.parent.iterdir() if path != checkpoint]
     assert len(rest) == 2 and all(path.read_bytes() == b'first' for path in rest)
@@ -84,6 +84,6 @@ def test_publish_checkpoint_does_not_replace_what_appears_meanwhile(checkpoint, 
 def test_pad_kernels_does_not_replace_what_appears_meanwhile(checkpoint, monkeypatch):
     tool = runpy.run_path(str(ROOT / 'tools' / 'pad_kernels.py'))
     rival(monkeypatch, tool['main'].__wrapped__.__globals__, lambda path: path)
-    with pytest.raises(SystemExit, match=r'error: .*in_k5\.pth exists now'):
+    with pytest.raises(SystemExit, match=r'error: .*in_k5\.pth in the meantime'):
         tool['main']([str(checkpoint), '--size', '5'])
     assert (checkpoint.parent / 'in_k5.pth').read_bytes() == b'first'
