@@ -5,7 +5,7 @@ from typing import Sequence
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
-from ..checkpoint.safe import some
+from ..checkpoint.safe import first_names
 
 
 @METRICS.register_module()
@@ -32,8 +32,8 @@ class ForegroundIoUMetric(IoUMetric):
     def dataset_meta(self, dataset_meta: dict) -> None:
         classes = tuple((dataset_meta or {}).get('classes') or ())
         if not set(self.background) < set(classes):
-            raise ValueError(f'background of ForegroundIoUMetric must be some of the classes ({some(classes, 10)}), and not '
-                             f'all of them, but got {self.background}: correct the names, or use IoUMetric')
+            raise ValueError(f'background of ForegroundIoUMetric must be some of the classes ({first_names(classes, 10)}), and '
+                             f'not all of them, but got {self.background}: correct the names, or use IoUMetric')
         self._dataset_meta = dataset_meta
 
     def compute_metrics(self, results: list) -> dict[str, float]:

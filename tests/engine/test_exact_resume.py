@@ -210,6 +210,43 @@ def test_a_killed_validation_costs_nothing(tmp_path, by_epoch):
     assert_same(run(tmp_path / 'cut', resume='iter_5.pth', **settings), whole)
 
 
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_weights_whose_validation_was_killed_are_validated_and_can_be_the_best(tmp_path, by_epoch):
+    settings = dict(by_epoch=by_epoch, val=1 if by_epoch else 5, interval=5, save_best='acc', hooks=[Renamed()])
+    whole = run(tmp_path / 'whole', **settings)
+    run(tmp_path / 'cut', Recorder(stop=5, where='after_val_iter'), **settings)
+    assert not list((tmp_path / 'cut').glob('best*'))
+    disturb()
+    run(tmp_path / 'cut', Recorder(stop=6), resume='iter_5.pth', **settings)  # which writes iter_5.pth again
+    bests = [[path.name for path in (tmp_path / name).glob('best*')] for name in ('whole', 'cut')]
+    assert bests[0] == bests[1] and len(bests[0]) == 1
+    disturb()
+    assert_same(run(tmp_path / 'cut', resume='iter_5.pth', **settings), whole)
+
+
+def test_a_run_that_was_killed_in_its_last_validation_has_a_metric_when_it_is_resumed(tmp_path):
+    settings = dict(val=5, interval=5, end=10, save_best='acc', hooks=[Improving()])
+    run(tmp_path, Recorder(stop=10, where='after_val_iter'), **settings)
+    assert [path.name for path in tmp_path.glob('best*')] == ['best_acc_iter_5.pth']
+    resumed = run(tmp_path, resume='iter_10.pth', **settings)
+    assert resumed.seen == [] and (tmp_path / 'best_acc_iter_10.pth').is_file()
+
+
+@pytest.mark.parametrize('by_epoch, last, val, expected', [
+    (False, 4, 5, []), (False, 5, 5, [5]), (False, 9, 5, [9]), (True, 5, 1, [5]), (True, 3, 1, []), (True, 5, 2, [])])
+def test_only_a_validation_that_is_due_is_made(tmp_path, by_epoch, last, val, expected):
+    made = []
+
+    class Counts(Hook):
+        def after_val(self, runner):
+            made.append(runner.iter)
+
+    settings = dict(by_epoch=by_epoch, val=val, interval=1)
+    run(tmp_path, Recorder(stop=last), **settings) if last < 9 else run(tmp_path, **settings)
+    run(tmp_path, Recorder(stop=last + 1), resume=f'iter_{last}.pth', hooks=[Counts()], **settings)
+    assert made == expected
+
+
 def test_the_checkpoint_that_validation_writes_again_resumes_exactly(tmp_path):
     settings = dict(val=5, interval=5, save_best='count')
     with pytest.raises(ValueError):
@@ -227,6 +264,12 @@ class Renamed(Hook):
 
     def after_val_epoch(self, runner, metrics):
         metrics['acc'] = 1.0
+
+
+class Improving(Renamed):
+
+    def after_val_epoch(self, runner, metrics):
+        metrics['acc'] = float(runner.iter)
 
 
 def test_validation_leaves_no_trace_in_the_training(tmp_path):
@@ -402,9 +445,9 @@ def test_early_stopping_goes_on_counting(tmp_path):
     run(tmp_path, val=2, interval=2, end=4, hooks=[stopping()])
     resumed = run(tmp_path, val=2, interval=2, end=20, resume='iter_4.pth', hooks=[stopping()])
     whole = run(tmp_path / 'whole', val=2, interval=2, end=20, hooks=[stopping()])
-    # The first validation is the best. Without its count the resumed run would end after iteration 12. The validation at
-    # iteration 4, which comes after the checkpoint, is not repeated.
-    assert (whole.runner.iter, resumed.runner.iter) == (8, 10)
+    # The first validation is the best. Without its count the resumed run would end after iteration 12, and without the
+    # validation at iteration 4, which comes after the checkpoint, at 10.
+    assert (whole.runner.iter, resumed.runner.iter) == (8, 8)
     fresh = run(tmp_path / 'fresh', val=2, interval=2, end=20, load_from=str(tmp_path / 'iter_4.pth'), hooks=[stopping()])
     assert fresh.runner.iter == 8
 

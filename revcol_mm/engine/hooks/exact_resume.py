@@ -29,8 +29,10 @@ class ExactResumeHook(Hook):
     are not persistent alike in every epoch). The random numbers that a validation uses do not change those of the training.
 
     A run that goes on with another batch size, number of processes or number of samples is not exact, but its schedules end
-    where they should, and with ``auto_scale_lr`` its learning rate is that of the new batch. What EarlyStoppingHook has counted
-    is stored, too.
+    where they should, and with ``auto_scale_lr`` its learning rate is that of the new batch.
+
+    A checkpoint is saved before the validation of its iteration, and a killed run may not have finished that validation. So a
+    resumed run begins with it: its weights can become the best ones, and EarlyStoppingHook, whose count is stored, counts it.
 
     A file of the best weights holds no states of the optimizer and its schedules. A run that goes on from it is not exact: the
     optimizer starts anew, and the schedules are put where they were.
@@ -58,6 +60,7 @@ class ExactResumeHook(Hook):
         self.position: dict[str, int] = {}  # epochs and iterations that are done, and batches of the pass
         self.batches: NumberedBatches | None = None
         self.before_validation: dict | None = None
+        self.validation_due = False  # a resumed run validates the weights of its checkpoint first
         self.warned_of_gradients = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -110,6 +113,7 @@ class ExactResumeHook(Hook):
         elif 'now' in place:
             set_generator_states(place['now'])
         self.loaded = {}
+        self.validation_due = resumed and _validation_is_due(runner, within_epoch=self.by_epoch and bool(place.get('batch')))
 
     def _find_place(self, runner, loader: DataLoader) -> dict[str, Any]:
         """Where this process goes on: the ``pass`` over the data, the ``batch`` in it, and what else was stored."""
@@ -232,6 +236,7 @@ class ExactResumeHook(Hook):
             runner.logger.info('the gradients accumulated since the last update are taken from the checkpoint: none is lost')
 
     def before_train_epoch(self, runner) -> None:
+        self._validate_if_due(runner)
         if self.by_epoch and self.batches is not None:
             self.batches.next_pass = runner.epoch
 
@@ -254,6 +259,15 @@ class ExactResumeHook(Hook):
                                   or hook.save_last and hook.is_last_train_epoch(runner)) for hook in _savers(runner)):
             self._gather(runner)
 
+    def after_train(self, runner) -> None:
+        self._validate_if_due(runner)  # a run that was killed in its last validation has no epoch left
+
+    def _validate_if_due(self, runner) -> None:
+        if self.validation_due:
+            self.validation_due = False
+            runner.logger.info('the validation of the checkpoint follows, because the killed run may not have finished it')
+            runner.val_loop.run()
+
     def before_val(self, runner) -> None:
         self.before_validation = generator_states()
         if any(hook.save_best for hook in _savers(runner)):
@@ -270,9 +284,12 @@ class ExactResumeHook(Hook):
 
     def _own(self, runner) -> dict[str, Any]:
         """What this process stores."""
-        loader = runner.train_loop.dataloader
-        return {**self.position, 'pass': self.position['epoch'] if self.by_epoch else self.batches.pass_number,
-                'start': self.batches.start, 'now': self.before_validation or generator_states(), 'seed': int(self.seed),
+        loader, start, now = runner.train_loop.dataloader, self.batches.start, self.before_validation or generator_states()
+        number = self.batches.pass_number
+        if self.batches.states:  # a resumed run that has not asked for a batch yet
+            (start, now), number = self.batches.states, self.batches.next_pass
+        return {**self.position, 'pass': self.position['epoch'] if self.by_epoch else number,
+                'start': start, 'now': now, 'seed': int(self.seed),
                 'sampler_seed': getattr(getattr(self.batches, 'sampler', None), 'seed', None),
                 'workers': loader.num_workers, 'settings': _settings(loader)}
 
@@ -307,6 +324,16 @@ class ExactResumeHook(Hook):
 
 def _early_stopping(runner) -> list[EarlyStoppingHook]:
     return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
+
+
+def _validation_is_due(runner, within_epoch: bool) -> bool:
+    """Whether mmengine's loops validate where the run goes on."""
+    loop = runner.train_loop
+    if runner.val_loop is None or within_epoch:
+        return False
+    loop._decide_current_val_interval()
+    done, last = (runner.epoch, runner.max_epochs) if isinstance(loop, EpochBasedTrainLoop) else (runner.iter, runner.max_iters)
+    return done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
 
 
 def _why_not_exact(loop: Any) -> str | None:
