@@ -37,6 +37,26 @@ def test_the_map_is_that_of_the_definition_on_an_ordinary_net():
     assert (found > 0).any() and (found == 0).any()
 
 
+#: LayerCAM of pytorch-grad-cam 1.5.5, divided by its largest value, of class 1 of the net below; half of it is rectified.
+GRAD_CAM = [[0., 0., 0., 0., 0.12531, 0.61731, 0.45275],
+            [0., 0., 0., 0., 0.57953, 0.99973, 0.605],
+            [0., 0., 0., 0.21631, 0.99017, 0.62451, 0.04282],
+            [0., 0., 0., 0.84689, 0.87587, 0., 0.],
+            [0., 0., 0.578, 1., 0.27088, 0., 0.],
+            [0., 0., 0.63871, 0.63099, 0., 0., 0.]]
+
+
+def test_the_map_is_that_of_pytorch_grad_cam():
+    convolution, linear = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, 4)
+    with torch.no_grad():
+        for parameter in (*convolution.parameters(), *linear.parameters()):
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).mul(7.3).sin().view_as(parameter))
+    activation = convolution(torch.linspace(0, 40, 3 * 6 * 7).mul(3.1).sin().view(1, 3, 6, 7))
+    score = linear(F.softplus(activation).mean((2, 3)))[0, 1]
+    found = layercam(activation.detach(), *torch.autograd.grad(score, activation))[0]
+    assert (found / found.max()).tolist() == [pytest.approx(row, abs=1e-5) for row in GRAD_CAM]
+
+
 def test_tokens_give_the_map_that_their_grid_gives():
     activation, gradient = torch.randn(2, 2, 5, 3, 4).unbind()
     tokens = [value.flatten(2).transpose(1, 2) for value in (activation, gradient)]
