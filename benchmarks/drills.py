@@ -298,7 +298,7 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def drill_restarts(folder: Path, kills: int, *options: str) -> Tally:
-    tally, config, work, iterations = Tally(), write_config(folder), folder / 'work', 30 * (kills + 1)
+    tally, config, work, iterations = Tally(), write_config(folder), folder / 'work', 15 * (kills + 1)
     options = (*options, f'train_cfg.max_iters={iterations}')
     port = free_port()
     nodes = [launch(config, work, 1, *options, output=folder / f'node{rank}.txt', NNODES=2, NODE_RANK=rank, PORT=port,
