@@ -26,7 +26,7 @@ from .checks.common import as_list, kind_of, say
 from .config import CHECKPOINT, add_run_arguments, check_present, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel
-from .pictures import check_label_maps, name_pictures_apart
+from .pictures import PACKAGES, check_label_maps, name_pictures_apart
 from .runner import build_runner, leave_process_group
 from .tta import set_tta
 
@@ -170,6 +170,7 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
         return
     hook.draw = True
     if args.show_dir and scope == 'mmseg':
-        cfg.visualizer.save_dir = args.show_dir
+        drawing = dict(type=PACKAGES[scope], vis_backends=[dict(type='LocalVisBackend')])  # where the config names none
+        cfg.visualizer = {**drawing, **(cfg.get('visualizer') or {}), 'save_dir': args.show_dir}
     elif args.show_dir:
         hook.test_out_dir = osp.abspath(args.show_dir)  # a relative one would lie in the work folder

@@ -73,13 +73,17 @@ def test_a_picture_is_not_drawn_through_a_link_to_an_image(tmp_path):
         name_pictures_apart(runner(str(tmp_path / '0.jpg')), str(tmp_path / 'drawn'), 'mmdet')
 
 
-def visualization(scope, *options):
-    """The settings of the visualization hook that tools/test.py makes for these options."""
-    cfg = Config(dict(default_scope=scope, visualizer={}, default_hooks=dict(visualization=dict(type='Hook'))))
+def visualize(scope, *options, **settings):
+    """A config as tools/test.py changes it for these options."""
+    cfg = Config(dict(default_scope=scope, default_hooks=dict(visualization=dict(type='Hook')), **settings))
     args = test.parse_test_args(['config', 'checkpoint', '--show-dir', 'drawn', *options])
     cfg.merge_from_dict(args.cfg_options or {})
     test._set_visualization(cfg, args)
-    return cfg.default_hooks.visualization
+    return cfg
+
+
+def visualization(scope, *options):
+    return visualize(scope, *options).default_hooks.visualization
 
 
 def test_views_of_a_classifier_cannot_be_drawn():
@@ -93,3 +97,9 @@ def test_views_of_a_classifier_cannot_be_drawn():
 def test_every_image_is_drawn_unless_the_command_line_names_an_interval(scope):
     assert visualization(scope).interval == 1
     assert visualization(scope, '--cfg-options', 'default_hooks.visualization.interval=7').interval == 7
+
+
+def test_a_segmentor_without_a_visualizer_gets_one_that_writes_into_the_folder():
+    expected = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], save_dir='drawn')
+    assert visualize('mmseg').visualizer == expected
+    assert visualize('mmseg', visualizer=dict(type='Other', alpha=1)).visualizer == dict(expected, type='Other', alpha=1)
