@@ -11,6 +11,7 @@ from typing import Iterator
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 
 from ..checkpoint import CheckpointError
 from ..utils.configs import MODEL_ERRORS
@@ -80,6 +81,8 @@ def quiet_log() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+        for logger in MMLogger._instance_dict.values():  # which logging does not know: they remember what was disabled
+            logger._cache.clear()
 
 
 class _Begun(Hook):

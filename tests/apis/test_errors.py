@@ -1,13 +1,15 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 import errno
+import logging
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
-from revcol_mm.apis.errors import LaunchError, asking, build_errors, plain_errors
+from revcol_mm.apis.errors import LaunchError, asking, build_errors, plain_errors, quiet_log
 from revcol_mm.checkpoint import CheckpointError
 
 
@@ -73,3 +75,10 @@ def test_missing_packages_and_files_keep_their_own_sentences():
 def test_the_place_is_the_call_and_not_inside_of_torch():
     with pytest.raises(LaunchError, match=r'RuntimeError: .* \(.*test_errors.py, line \d+\)$'), asking():
         torch.nn.Linear(2, 2)(torch.zeros(3))
+
+
+def test_a_logger_that_was_used_in_silence_speaks_afterwards():
+    logger = MMLogger.get_instance('used in silence', log_level='INFO')
+    with quiet_log():
+        assert not logger.isEnabledFor(logging.INFO)
+    assert logger.isEnabledFor(logging.INFO)
