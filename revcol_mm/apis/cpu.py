@@ -4,12 +4,12 @@ import os
 import subprocess
 import warnings
 from datetime import timedelta
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 from mmengine.config import Config
 
-from .checks.common import kind_of
+from ..utils.configs import kind_of, replace_sync_bn
 from .errors import LaunchError
 
 
@@ -38,7 +38,7 @@ def fit_to_cpu(cfg: Config) -> None:
     if cfg.launcher == 'none':
         return
     _init_gloo(cfg.launcher, ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout'))
-    if str(cfg.get('runner_type')).rpartition('.')[2] == 'FlexibleRunner' and not cfg.get('strategy'):
+    if kind_of(dict(type=cfg.get('runner_type'))) == 'FlexibleRunner' and not cfg.get('strategy'):
         cfg.strategy = dict(type='DDPStrategy')  # mmengine's default
     if cfg.get('strategy'):
         strategy = kind_of(cfg.strategy)
@@ -52,15 +52,6 @@ def fit_to_cpu(cfg: Config) -> None:
         default = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
                        find_unused_parameters=cfg.get('find_unused_parameters', False))
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or default, device_ids=None)
-
-
-def replace_sync_bn(node: Any) -> bool:
-    """Makes SyncBN, which runs on GPUs only, BN wherever it stands in settings; whether there was any."""
-    found = isinstance(node, dict) and kind_of(node) in ('SyncBN', 'MMSyncBN', 'naiveSyncBN', 'SyncBatchNorm')
-    if found:
-        node['type'] = 'BN'
-    parts = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
-    return any([replace_sync_bn(part) for part in parts]) or found
 
 
 def _init_gloo(launcher: str, timeout: float | None = None) -> None:

@@ -34,8 +34,9 @@ from ..checkpoint.safe import first_names
 from ..checkpoint.zoo import find_address
 from ..converters import to_current_names
 from ..runtime import EXTENSIONS, TOP, encode_map, encode_picture
+from ..utils.configs import kind_of
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
-from .checks.common import class_of, kind_of, settings_of_leaves
+from .checks.common import class_of, settings_of_leaves
 from .checks.model import check_heads, check_sliding_window
 from .checks.report import Record
 from .checks.settings import put_classes_right

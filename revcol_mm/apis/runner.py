@@ -25,8 +25,8 @@ from ..checkpoint.loading import find_differences
 from ..checkpoint.safe import first_names
 from ..converters import to_current_names
 from ..engine.workers import WorkersEndWithTraining
+from ..utils.configs import kind_of
 from .checks import place_of_backbones
-from .checks.common import kind_of
 from .cpu import fit_to_cpu
 from .errors import LaunchError, build_errors
 from .saving import SafeSaving

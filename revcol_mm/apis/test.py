@@ -13,6 +13,7 @@ from mmengine.registry import METRICS
 
 from ..checkpoint.files import check_folder, check_output, write_whole
 from ..checkpoint.zoo import find_address
+from ..utils.configs import as_list, kind_of
 from .checks import (
     check_checkpoint,
     check_class_folders,
@@ -22,7 +23,7 @@ from .checks import (
     find_file_classes,
     find_model_classes,
 )
-from .checks.common import as_list, kind_of, say
+from .checks.common import say
 from .config import CHECKPOINT, add_run_arguments, check_present, load_config
 from .errors import LaunchError, build_errors
 from .onnx_model import ONNXModel

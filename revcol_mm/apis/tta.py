@@ -6,7 +6,8 @@ from typing import Sequence
 
 from mmengine.config import Config, ConfigDict
 
-from .checks.common import kind_of, settings_of_leaves
+from ..utils.configs import kind_of
+from .checks.common import settings_of_leaves
 from .errors import LaunchError
 
 #: Scales of the default test-time augmentation, relative to the test pipeline's; the plain view comes first.

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..apis.checks.common import kind_of
+from ..utils.configs import kind_of
 from .boxes import as_rois, batched_nms, clip, decode, paste_masks, roi_features
 from .network import ExportedNet, bgr, refuse, shape_of
 

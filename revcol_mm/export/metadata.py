@@ -5,8 +5,8 @@ from typing import Any, Mapping, Sequence
 
 from mmengine.config import Config
 
-from ..apis.checks.common import kind_of
 from ..apis.inference import read_test_settings
+from ..utils.configs import kind_of
 
 #: Steps of a test pipeline that do not change the image.
 SILENT = ('LoadAnnotations', 'PackDetInputs', 'PackSegInputs', 'PackInputs')

@@ -1,11 +1,12 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""Finds the configs by name, in a checkout and in an installed package, and builds their models without memory.
+"""Finds the configs by name, in a checkout and in an installed package, builds their models without memory, and reads settings.
 
 mmengine resolves ``pkg::path`` for a fixed list of packages only. :func:`config_path` takes the place of ``revcol_mm::``.
 """
 import copy
 import difflib
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -81,3 +82,26 @@ def build_on_meta(cfg: Config) -> nn.Module:
                 raise
             model = MODELS.build(copy.deepcopy(cfg.model))
     return model.to('meta').eval()  # torch.Tensor(…), which old code uses, ignores the device
+
+
+def kind_of(settings: Any) -> str:
+    """The name of a type in a config, without its scope: 'mmdet.CocoDataset' and the class itself are 'CocoDataset'.
+
+    Configs in pure Python have classes and functions as types.
+    """
+    kind = settings.get('type') if hasattr(settings, 'get') else None
+    return getattr(kind, '__name__', None) or str(kind).rpartition('.')[2]
+
+
+def as_list(settings: Any) -> list:
+    """The parts of settings that a config gives alone or as a list, such as evaluators: always a list."""
+    return list(settings) if isinstance(settings, (list, tuple)) else [settings]
+
+
+def replace_sync_bn(node: Any) -> bool:
+    """Makes SyncBN, which runs on GPUs only, BN wherever it stands in settings; whether there was any."""
+    found = isinstance(node, dict) and kind_of(node) in ('SyncBN', 'MMSyncBN', 'naiveSyncBN', 'SyncBatchNorm')
+    if found:
+        node['type'] = 'BN'
+    parts = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+    return any([replace_sync_bn(part) for part in parts]) or found

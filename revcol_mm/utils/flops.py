@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..apis.checks.common import kind_of
-from .configs import build_on_meta
+from .configs import build_on_meta, kind_of
 
 NUM_BOX_PROPOSALS = 1000
 NUM_MASK_PROPOSALS = 100

@@ -19,10 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ..apis.checks.common import as_list, kind_of
-from ..apis.cpu import replace_sync_bn
 from ..models.backbones.base import ColumnStack
-from .configs import build_on_meta
+from .configs import as_list, build_on_meta, kind_of, replace_sync_bn
 from .memory import StepBytes, count_step, without_memory
 
 #: The parts that are counted to the byte.

@@ -21,20 +21,6 @@ def name_of(dataset: BaseDataset) -> str:
     return f'{type(dataset).__name__} {dataset.ann_file or dataset.data_root or ""}'.rstrip()
 
 
-def kind_of(settings: Any) -> str:
-    """The name of a type in a config, without its scope: 'mmdet.CocoDataset' and the class itself are 'CocoDataset'.
-
-    Configs in pure Python have classes and functions as types.
-    """
-    kind = settings.get('type') if hasattr(settings, 'get') else None
-    return getattr(kind, '__name__', None) or str(kind).rpartition('.')[2]
-
-
-def as_list(settings: Any) -> list:
-    """The parts of settings that a config gives alone or as a list, such as evaluators: always a list."""
-    return list(settings) if isinstance(settings, (list, tuple)) else [settings]
-
-
 def class_of(dataset: Mapping, scope: str | None) -> Any:
     """The class of a data set in a config; None if it is unknown."""
     with DATASETS.switch_scope_and_registry(scope) as registry:

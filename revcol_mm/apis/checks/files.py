@@ -17,8 +17,8 @@ from ...checkpoint.files import check_bytes
 from ...checkpoint.safe import is_local
 from ...checkpoint.zoo import PREFIX, find_address
 from ...converters import is_official
+from ...utils.configs import as_list, kind_of
 from ..errors import LaunchError
-from .common import as_list, kind_of
 
 #: Files and folders of well-known data sets below their ``data_root``.
 LAYOUTS = dict(

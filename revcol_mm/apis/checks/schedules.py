@@ -5,8 +5,8 @@ from typing import Any, Iterator
 from mmengine.config import Config
 from mmengine.logging import print_log
 
+from ...utils.configs import as_list, kind_of
 from ..errors import LaunchError
-from .common import as_list, kind_of
 
 
 def count_accumulation(cfg: Config) -> None:

@@ -9,8 +9,9 @@ from typing import Any, Sequence
 from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 
+from ...utils.configs import kind_of
 from ..errors import LaunchError
-from .common import class_of, kind_of, say, settings_of_leaves
+from .common import class_of, say, settings_of_leaves
 from .schedules import check_schedulers, count_accumulation
 
 #: Modules that mmengine's visualizer backends import, one of which is enough, by the backend's type.

@@ -7,9 +7,9 @@ from torch import nn
 
 from ...checkpoint.safe import first_names
 from ...runtime import EXTENSIONS
-from ...utils.configs import build_on_meta
+from ...utils.configs import as_list, build_on_meta, kind_of
 from ..checks.classes import kind_and_classes
-from ..checks.common import as_list, kind_of, settings_of_leaves
+from ..checks.common import settings_of_leaves
 from ..checks.model import heads_of
 from ..errors import LaunchError, build_errors
 from .layouts import OwnData, Part
