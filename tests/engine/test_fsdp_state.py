@@ -10,7 +10,7 @@ import torch
 from benchmarks.drills import DrillModel, free_port
 from revcol_mm.apis import cpu
 from revcol_mm.checkpoint import CheckpointError
-from revcol_mm.engine import RevColFSDPStrategy
+from revcol_mm.engine import FeatureStatisticsHook, RevColFSDPStrategy
 
 BATCH = dict(inputs=[*torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))], label=[0, 1])
 OPTIMIZER = dict(type='AdamW', lr=0.)  # the weights stay, so that rounding errors do not grow
@@ -21,15 +21,24 @@ def shard(rank, port, path):
     cpu._init_gloo('pytorch')
     strategy = RevColFSDPStrategy(work_dir=os.path.dirname(path), experiment_name='sharded')
     model, wrapper = strategy.prepare(DrillModel(), optim_wrapper=dict(type='OptimWrapper', optimizer=OPTIMIZER))
-    for _ in range(2):
-        model.train_step(BATCH, wrapper)
+    statistics = [statistics_of(model, lambda: model.train_step(BATCH, wrapper)) for _ in range(2)]
     optimizer, weights = strategy.optim_state_dict(), strategy.model_state_dict()
     strategy.load_optim_state_dict(plain_state())
     loaded = strategy.optim_state_dict()
     if rank == 0:
-        torch.save(dict(optimizer=optimizer, weights=weights, loaded=loaded), path)
+        torch.save(dict(optimizer=optimizer, weights=weights, loaded=loaded, statistics=statistics[1]), path)
     torch.distributed.barrier()
     os._exit(0)
+
+
+def statistics_of(model, step):
+    """What FeatureStatisticsHook finds in a step."""
+    hook, runner = FeatureStatisticsHook(interval=1), SimpleNamespace(model=model, iter=0)
+    hook.before_train_iter(runner, 0)
+    step()
+    for handle in hook.handles:
+        handle.remove()
+    return hook.statistics
 
 
 def plain_state():
@@ -69,6 +78,15 @@ def test_both_moments_are_those_of_a_training_that_is_not_sharded(contents):
         for kind, value in state.items():
             torch.testing.assert_close(sharded['state'][name][kind], value, rtol=1e-4, atol=1e-9)
     assert [len(group['params']) for group in sharded['param_groups']] == [len(list(model.parameters()))]
+
+
+def test_statistics_of_the_features_are_those_of_a_training_that_is_not_sharded(contents):
+    model = DrillModel()
+    model.load_state_dict(contents['weights'])
+    expected = statistics_of(model, lambda: model(**BATCH, mode='loss'))
+    assert contents['statistics'].keys() == expected.keys() and any('gamma' in name for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(contents['statistics'][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_sharded_training_takes_the_state_of_one_that_is_not_sharded(contents):

@@ -67,7 +67,9 @@ class FeatureStatisticsHook(Hook):
     @staticmethod
     def _columns(runner) -> list[nn.Module]:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        return [column for module in model.modules() if isinstance(module, ColumnStack) for column in module.columns]
+        # A sharded column has all its parameters only inside of its wrapper.
+        return [getattr(column, '_fsdp_wrapped_module', column)
+                for module in model.modules() if isinstance(module, ColumnStack) for column in module.columns]
 
     def _reader(self, index: int):
         """A hook of column ``index``."""
