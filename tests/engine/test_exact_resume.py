@@ -266,6 +266,12 @@ class Renamed(Hook):
         metrics['acc'] = 1.0
 
 
+class Falling(Renamed):
+
+    def after_val_epoch(self, runner, metrics):
+        metrics['acc'] = -float(runner.iter)
+
+
 class Improving(Renamed):
 
     def after_val_epoch(self, runner, metrics):
@@ -450,6 +456,40 @@ def test_early_stopping_goes_on_counting(tmp_path):
     assert (whole.runner.iter, resumed.runner.iter) == (8, 8)
     fresh = run(tmp_path / 'fresh', val=2, interval=2, end=20, load_from=str(tmp_path / 'iter_4.pth'), hooks=[stopping()])
     assert fresh.runner.iter == 8
+
+
+def test_a_run_that_its_validation_stops_trains_no_further_epoch(tmp_path):
+    def stopping():
+        return EarlyStoppingHook('count', rule='greater', min_delta=1, patience=1)
+
+    settings = dict(by_epoch=True, by_iter=False, val=1, interval=1, end=9)
+    whole = run(tmp_path / 'whole', hooks=[stopping()], **settings)
+    run(tmp_path / 'cut', Recorder(stop=10, where='after_val_iter'), hooks=[stopping()], **settings)
+    resumed = run(tmp_path / 'cut', resume='epoch_2.pth', hooks=[stopping()], **settings)
+    assert (whole.runner.epoch, resumed.runner.epoch) == (2, 2) and resumed.seen == []
+
+
+@pytest.mark.parametrize('cut', ['before', 'after'])
+def test_schedules_that_depend_on_a_metric_see_each_validation_once(tmp_path, cut):
+    settings = dict(by_epoch=True, by_iter=False, val=1, interval=1, end=6, save_best='acc', hooks=[Falling()], schedule=dict(
+        type='ReduceOnPlateauLR', monitor='acc', rule='greater', patience=1))
+    whole = run(tmp_path / 'whole', **settings)
+    # Killed in the validation of the best weights, or after mmengine has saved their checkpoint again.
+    run(tmp_path / 'cut', Recorder(stop=5, where='after_val_iter') if cut == 'before' else Recorder(stop=6), **settings)
+    disturb()
+    resumed = run(tmp_path / 'cut', resume='epoch_1.pth', **settings)
+    assert_same(resumed, whole)
+    first, second = (other.runner.param_schedulers[0].state_dict() for other in (resumed, whole))
+    assert first == second and first['_last_value'][0] < 1e-2
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_best_weights_of_a_run_that_was_resumed_without_states_can_be_resumed(tmp_path, by_epoch):
+    settings = dict(by_epoch=by_epoch, val=1 if by_epoch else 5, interval=5, save_best='acc', hooks=[Renamed()])
+    run(tmp_path, Recorder(stop=5, where='after_val_iter'), hook=False, **settings)
+    run(tmp_path, Recorder(stop=6), resume='iter_5.pth', **settings)
+    best, = tmp_path.glob('best*')
+    assert run(tmp_path, resume=best.name, **settings).runner.iter == (15 if by_epoch else 9)
 
 
 def test_weights_to_start_from_restore_no_states(tmp_path):

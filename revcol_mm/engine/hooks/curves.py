@@ -65,7 +65,8 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
 
     Args:
         files (Iterable[Path]): scalars.json of the runs, in the order of their time. A later run replaces the entries of
-            earlier ones from its first iteration on. A line that is cut off is left out.
+            earlier ones from its first iteration on, and the last validation before it, if it begins with that one. A line that
+            is cut off is left out.
 
     Returns:
         tuple[dict, dict]: the values of the training and of the validations, as (iteration, value) by name. mmengine writes the
@@ -73,7 +74,7 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
     """
     train, val = [], []
     for file in files:
-        here, iteration = ([], []), 0
+        here, iteration = ([], []), None
         for line in file.read_text(encoding='utf-8').splitlines():
             try:
                 entry = json.loads(line)
@@ -83,8 +84,13 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
                 iteration = entry['step']
             here['lr' not in entry].append(dict(entry, step=iteration))
         first = min((entry['step'] for entry in here[0]), default=math.inf)
-        for kept, new in zip((train, val), here):
-            kept[:] = [entry for entry in kept if entry['step'] < first] + new
+        train[:] = [entry for entry in train if entry['step'] < first]
+        begin = train[-1]['step'] if train else 0
+        if here[1] and here[1][0]['step'] is None:  # a resumed run begins with the validation of its checkpoint
+            first = begin
+            here[1][0]['step'] = begin
+        val[:] = [entry for entry in val if entry['step'] < first] + here[1]
+        train += here[0]
     curves: tuple[Curves, Curves] = defaultdict(list), defaultdict(list)
     for found, entries in zip(curves, (train, val)):
         for entry in entries:

@@ -33,9 +33,11 @@ class ExactResumeHook(Hook):
 
     A checkpoint is saved before the validation of its iteration, and a killed run may not have finished that validation. So a
     resumed run begins with it: its weights can become the best ones, and EarlyStoppingHook, whose count is stored, counts it.
+    If its weights are the best ones, mmengine saves the checkpoint again after the validation. The resumed run repeats the
+    validation then, too, but ReduceOnPlateau schedules, which have seen its metric, do not see it twice.
 
     A file of the best weights holds no states of the optimizer and its schedules. A run that goes on from it is not exact: the
-    optimizer starts anew, and the schedules are put where they were.
+    optimizer starts anew, and the schedules are put where they were, except those of ReduceOnPlateau, which begin anew.
 
     Between two updates of an accumulated gradient, one process stores the gradients, too. Several processes have different
     gradients, which are not stored; the log has a warning.
@@ -60,7 +62,6 @@ class ExactResumeHook(Hook):
         self.position: dict[str, int] = {}  # epochs and iterations that are done, and batches of the pass
         self.batches: NumberedBatches | None = None
         self.before_validation: dict | None = None
-        self.validation_due = False  # a resumed run validates the weights of its checkpoint first
         self.warned_of_gradients = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -112,8 +113,10 @@ class ExactResumeHook(Hook):
             loop.run_iter = lambda idx, data_batch: run_iter(idx + place['batch'], data_batch)  # until the epoch ends
         elif 'now' in place:
             set_generator_states(place['now'])
+        if resumed and _validation_is_due(runner, within_epoch=self.by_epoch and bool(place.get('batch'))):
+            # It is called now, after all other hooks, and before the loop asks whether to stop.
+            runner.register_hook(_FirstValidation(self.loaded.get('validated', False)), priority='LOWEST')
         self.loaded = {}
-        self.validation_due = resumed and _validation_is_due(runner, within_epoch=self.by_epoch and bool(place.get('batch')))
 
     def _find_place(self, runner, loader: DataLoader) -> dict[str, Any]:
         """Where this process goes on: the ``pass`` over the data, the ``batch`` in it, and what else was stored."""
@@ -205,8 +208,9 @@ class ExactResumeHook(Hook):
                 for scheduler in schedulers:
                     if not scheduler.by_epoch or self.by_epoch and iteration % length == 0:
                         scheduler.step()
+        anew = ', except those that depend on a metric (ReduceOnPlateau), which begin anew' * bool(_on_plateau(runner))
         runner.logger.warning(f'the schedules go on at iteration {runner.iter} as those of a run that had these settings from '
-                              'the start')
+                              f'the start{anew}')
 
     def _place_without_states(self, runner, loader: DataLoader) -> dict[str, int]:
         length = len(loader)
@@ -236,7 +240,6 @@ class ExactResumeHook(Hook):
             runner.logger.info('the gradients accumulated since the last update are taken from the checkpoint: none is lost')
 
     def before_train_epoch(self, runner) -> None:
-        self._validate_if_due(runner)
         if self.by_epoch and self.batches is not None:
             self.batches.next_pass = runner.epoch
 
@@ -259,15 +262,6 @@ class ExactResumeHook(Hook):
                                   or hook.save_last and hook.is_last_train_epoch(runner)) for hook in _savers(runner)):
             self._gather(runner)
 
-    def after_train(self, runner) -> None:
-        self._validate_if_due(runner)  # a run that was killed in its last validation has no epoch left
-
-    def _validate_if_due(self, runner) -> None:
-        if self.validation_due:
-            self.validation_due = False
-            runner.logger.info('the validation of the checkpoint follows, because the killed run may not have finished it')
-            runner.val_loop.run()
-
     def before_val(self, runner) -> None:
         self.before_validation = generator_states()
         if any(hook.save_best for hook in _savers(runner)):
@@ -288,6 +282,8 @@ class ExactResumeHook(Hook):
         number = self.batches.pass_number
         if self.batches.states:  # a resumed run that has not asked for a batch yet
             (start, now), number = self.batches.states, self.batches.next_pass
+        elif start is None:  # nor has one whose checkpoint held no states
+            start, number = now, self.batches.next_pass
         return {**self.position, 'pass': self.position['epoch'] if self.by_epoch else number,
                 'start': start, 'now': now, 'seed': int(self.seed),
                 'sampler_seed': getattr(getattr(self.batches, 'sampler', None), 'seed', None),
@@ -301,8 +297,9 @@ class ExactResumeHook(Hook):
             # Another hook saves. The other processes may not be here, so they cannot be asked.
             processes = [None] * get_world_size()
             processes[rank] = self._own(runner)
-        checkpoint['exact_resume'] = dict(processes=processes, early_stopping=[
-            dict(wait_count=hook.wait_count, best_score=hook.best_score) for hook in _early_stopping(runner)])
+        checkpoint['exact_resume'] = dict(
+            processes=processes, validated=self.before_validation is not None,
+            early_stopping=[dict(wait_count=hook.wait_count, best_score=hook.best_score) for hook in _early_stopping(runner)])
         # After a validation, mmengine's CheckpointHook writes numbers that are too high by one.
         checkpoint['meta'].update(epoch=self.position['epoch'], iter=self.position['iter'])
         if 'optimizer' in checkpoint and _between_updates(runner.optim_wrapper):
@@ -320,6 +317,38 @@ class ExactResumeHook(Hook):
                 f'the checkpoint of iteration {self.position["iter"]} lies between two updates of an accumulated gradient, and '
                 'with several processes the gradients are not stored: resuming from it is not exact. Save every N iterations, '
                 'where N is a multiple of optim_wrapper.accumulative_counts')
+
+
+class _FirstValidation(Hook):
+    """A resumed run validates the weights of its checkpoint first.
+
+    Args:
+        finished (bool): whether the checkpoint was saved after its validation had reached the schedules.
+    """
+
+    def __init__(self, finished: bool) -> None:
+        self.finished, self.done = finished, False
+
+    def before_train(self, runner) -> None:
+        if self.done:  # a second training in this process
+            return
+        self.done = True
+        runner.logger.info('the validation of the checkpoint follows, because the killed run may not have finished it')
+        before = [(scheduler, copy.deepcopy(scheduler.state_dict()), [group[scheduler.param_name] for group in
+                                                                      scheduler.optimizer.param_groups])
+                  for scheduler in _on_plateau(runner) if self.finished]
+        runner.val_loop.run()
+        for scheduler, state, values in before:
+            scheduler.load_state_dict(state)
+            for group, value in zip(scheduler.optimizer.param_groups, values):
+                group[scheduler.param_name] = value
+
+
+def _on_plateau(runner) -> list:
+    """The schedules that depend on a metric."""
+    schedulers = runner.param_schedulers or []
+    schedulers = [schedulers] if isinstance(schedulers, list) else schedulers.values()
+    return [scheduler for group in schedulers for scheduler in group if getattr(scheduler, 'need_val_args', False)]
 
 
 def _early_stopping(runner) -> list[EarlyStoppingHook]:
