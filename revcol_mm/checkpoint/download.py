@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from .files import check_bytes, put_in_place
-from .safe import CheckpointError, load_from_local, local_name, read_checkpoint
+from .safe import CheckpointError, import_safetensors, load_from_local, local_name, read_checkpoint
 from .zoo import Entry, find_published
 
 try:
@@ -50,8 +50,8 @@ def load_from_http(filename: str, map_location: Any = None, **kwargs) -> Any:
     try:
         return read_checkpoint(path, map_location, logger='silent')
     except CheckpointError as error:
-        reason = str(error).replace(path, filename)
-        raise CheckpointError(f'{reason}. It was read from {path}: remove this file first') from None
+        reason, copied = str(error).replace(path, filename), path == _places(filename)[0]  # not a file of REVCOL_MM_WEIGHTS
+        raise CheckpointError(f'{reason}. It was read from {path}' + ': remove this file first' * copied) from None
 
 
 def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
@@ -79,7 +79,8 @@ def download(url: str) -> str:
 
     Raises:
         CheckpointError: if the file cannot be had, is not complete, or is not what it should be. What a broken connection left
-            is kept beside the final name, and the next call goes on from there.
+            is kept beside the final name, and the next call goes on from there. If the package that reads such files is
+            missing.
     """
     published, address, name = find_published(url), url, local_name(url)
     mirror = os.environ.get(MIRROR) if published else None
@@ -102,7 +103,11 @@ def download(url: str) -> str:
             if not os.path.exists(path):  # another process may have downloaded it in the meantime
                 print(f'Downloading {address} to {path}', file=sys.stderr)
                 _fetch(address, part, published)
-                _check_contents(part, address, published)
+                try:
+                    _check_contents(part, address, published)
+                except CheckpointError:
+                    os.unlink(part)
+                    raise
                 put_in_place(part, path)
     except OSError as error:
         raise CheckpointError(f'{path} could not be written: {error.strerror or error}. Make room, or name another cache with '
@@ -114,21 +119,39 @@ def remove_damaged(url: str) -> None:
     """Removes the copy of a file in torch's cache if it is damaged, so that :func:`download` downloads it once more.
 
     The whole copy is read; see :func:`~.files.check_bytes`.
+
+    Raises:
+        CheckpointError: if the package that reads such files is missing.
     """
     path, part = _places(url)
     with contextlib.suppress(OSError):  # a cache of others, in which nothing can be removed
-        if os.path.exists(path):
+        if _why_damaged(path, url):  # without the lock: all processes may read at the same time
             with _exclusive(part):
-                if os.path.exists(path):  # no other process has removed it in the meantime
-                    try:
-                        _check_contents(path, path, find_published(url))
-                    except CheckpointError as error:
-                        print_log(f'{error}. It was the copy of {url}, and is removed', 'current', logging.WARNING)
+                reason = _why_damaged(path, url)  # another process may have replaced it in the meantime
+                if reason:
+                    os.unlink(path)
+                    print_log(f'{reason}. It was the copy of {url}, and is removed', 'current', logging.WARNING)
+
+
+def _why_damaged(path: str, url: str) -> str | None:
+    """What is wrong with a file, if it is there."""
+    try:
+        if os.path.exists(path):
+            _check_contents(path, path, find_published(url))
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _places(url: str) -> tuple[str, str]:
-    """Where the cache has a file, and the part of it that has arrived."""
+    """Where the cache has a file, and the part of it that has arrived.
+
+    Raises:
+        CheckpointError: if the package that reads such files is missing, before anything is downloaded or removed.
+    """
     stem, extension = os.path.splitext(local_name(url))
+    if extension == '.safetensors':
+        import_safetensors()
     name = f'{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{extension}'
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
     return os.path.join(folder, name), os.path.join(folder, f'.partial-{name}')
@@ -216,7 +239,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _check_contents(part: str, address: str, published: Entry | None) -> None:
-    """Removes a complete file that is not what it should be.
+    """Checks that a complete file is what it should be.
 
     Raises:
         CheckpointError: with the reason, which names the address.
@@ -227,7 +250,6 @@ def _check_contents(part: str, address: str, published: Entry | None) -> None:
         check_bytes(part)
         read_checkpoint(part, 'meta', logger='silent')
     except CheckpointError as error:
-        os.unlink(part)
         raise CheckpointError(str(error).replace(part, address)) from None
 
 

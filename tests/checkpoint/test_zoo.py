@@ -4,14 +4,16 @@ import errno
 import hashlib
 import http.server
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 
-from revcol_mm.apis.checks.files import check_checkpoint
+from revcol_mm.apis.checks.files import check_checkpoint, check_pretrained
 from revcol_mm.checkpoint import CheckpointError, read_checkpoint, zoo
 from revcol_mm.checkpoint import download as downloads
 from revcol_mm.checkpoint.download import download
@@ -206,6 +208,32 @@ def test_a_copy_that_was_damaged_in_the_cache_is_named_and_downloaded_once_more_
         check_checkpoint('zoo:revcol_t_in1k', 'load_from')
         assert not path.exists() and download(URL) == str(path) and path.read_bytes() == weights
     assert cached(tmp_path) == [path.name] and len(server.requests) == 3
+
+
+def test_a_damaged_copy_of_a_backbones_weights_is_downloaded_once_more_before_a_training(server, weights, tmp_path):
+    server.files['revcol_tiny_1k.pth'] = weights
+    path, half = Path(download(URL)), len(weights) // 2
+    damaged = weights[:half] + bytes(byte ^ 1 for byte in weights[half:half + 8]) + weights[half + 8:]
+    for address in ('zoo:revcol_t_in1k', URL):
+        path.write_bytes(damaged)
+        check_pretrained(Config(dict(model=dict(backbone=dict(init_cfg=dict(checkpoint=address))))), 'config.py')
+        assert not path.exists() and Path(download(URL)).read_bytes() == weights
+    (tmp_path / 'own.pth').write_bytes(damaged)
+    with pytest.raises(CheckpointError, match='own.pth is damaged'):
+        check_pretrained(Config(dict(model=dict(backbone=dict(init_cfg=dict(checkpoint=str(tmp_path / 'own.pth')))))),
+                         'config.py')
+
+
+def test_a_file_that_needs_a_missing_package_is_neither_removed_nor_downloaded(server, tmp_path, monkeypatch):
+    url = f'{os.environ[downloads.MIRROR]}/own.safetensors'
+    path = Path(downloads._places(url)[0])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'whatever')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    for load in (download, read_checkpoint, lambda url: check_checkpoint(url, 'load_from')):
+        with pytest.raises(CheckpointError, match='need the package safetensors: pip install safetensors$'):
+            load(url)
+    assert path.read_bytes() == b'whatever' and not server.requests
 
 
 @pytest.mark.parametrize('place', ['server', 'folder'])

@@ -137,10 +137,13 @@ def _describe_missing_data(path: str, key: str, dataset: dict, section: str) -> 
 
 
 def check_pretrained(cfg: Config, config: str) -> None:
-    """Checks that the local file of ``model.backbone.init_cfg`` exists, which a training needs.
+    """Checks the file of ``model.backbone.init_cfg``, which a training needs, and its bytes.
+
+    Of a URL, only the copy in the cache is checked, and removed if it is damaged.
 
     Raises:
         LaunchError: if it does not exist; the message tells how to make it, or where the config ``config`` has it from.
+        CheckpointError: if its bytes are not those that were written.
     """
     init_cfg = ((cfg.get('model') or {}).get('backbone') or {}).get('init_cfg')
     path = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
@@ -152,6 +155,15 @@ def check_pretrained(cfg: Config, config: str) -> None:
     key = 'model.backbone.init_cfg'
     _check_exists(path, f'{key}.checkpoint', f'{remedy}. Another place: --cfg-options {key}.checkpoint=/path/to/weights.pth; '
                   f'no pre-trained weights: --cfg-options {key}=None')
+    _check_bytes(path)
+
+
+def _check_bytes(path: str | None) -> None:
+    """Compares a file with its checksums, which mmengine does not. A damaged copy of a URL's file is removed."""
+    if path and path.startswith(('http://', 'https://', PREFIX)):
+        remove_damaged(find_address(path))
+    elif path and is_local(path) and osp.isfile(osp.expanduser(path)):
+        check_bytes(osp.expanduser(path))
 
 
 def _check_exists(path: str | None, argument: str, remedy: str = '') -> None:
@@ -177,8 +189,7 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     if not path:
         return
     if not is_local(path):
-        if path.startswith(('http://', 'https://', PREFIX)):
-            remove_damaged(find_address(path))
+        _check_bytes(path)
         return
     if osp.isdir(osp.expanduser(path)):
         _check_folder(osp.expanduser(path), argument)
@@ -186,7 +197,7 @@ def check_checkpoint(path: str | None, argument: str, resume: bool = False) -> N
     _check_exists(path, argument, 'Another place: --cfg-options load_from=/path/to/checkpoint.pth; without one: --cfg-options '
                   'load_from=None' if argument == 'load_from' else '')
     content = read_checkpoint(path, map_location='meta', logger=None)
-    check_bytes(osp.expanduser(path))
+    _check_bytes(path)
     keys = list(content) if isinstance(content, dict) else []
     alone = bool(keys) and all(isinstance(content[key], torch.Tensor) for key in keys)
     if 'state_dict' not in keys and not alone and not is_official(content):
