@@ -182,14 +182,9 @@ class LabelledImages(Dataset):
         return dict(inputs=sample['inputs'], data_samples=sample['data_samples'],
                     labels=torch.bincount(labels, minlength=len(self.classes)).float() / self._per(labels))
 
-    def check(self) -> None:
-        """Raises ValueError if the first image has no labels, or if no image has a box of the classes."""
-        if len(self):
-            self[0]
-            if self.scope == 'mmdet' and not any(self.dataset.get_data_info(index).get('instances')
-                                                   for index in range(len(self))):
-                raise ValueError(f'{name_of(self.dataset)} must have boxes of its classes ({first_names(self.classes)}), but '
-                                 'none of its images has one')
+    def has_objects(self) -> bool:
+        """Whether an image has a box; of classes and maps, always True."""
+        return self.scope != 'mmdet' or any(self.dataset.get_data_info(index).get('instances') for index in range(len(self)))
 
     def _per(self, labels: Tensor) -> int:
         return max(len(labels), 1) if self.scope == 'mmseg' else 1
@@ -242,7 +237,8 @@ def find_images(cfg: Config, names: Sequence[str]) -> ConcatDataset:
                 with DefaultScope.overwrite_default_scope(cfg.default_scope):
                     dataset = DATASETS.build(dict(settings, pipeline=test.pipeline, test_mode=True))
                 sets.append(LabelledImages(dataset, cfg.default_scope))
-                sets[-1].check()
+                if len(sets[-1]):
+                    sets[-1][0]  # raises if it has no labels
             except FileNotFoundError:
                 raise
             except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -250,6 +246,9 @@ def find_images(cfg: Config, names: Sequence[str]) -> ConcatDataset:
     if len({images.classes for images in sets}) > 1:
         raise LaunchError('all data sets must have the same classes, but got '
                           + ' and '.join(str(classes) for classes in {images.classes for images in sets}))
+    if not any(images.has_objects() for images in sets):
+        raise LaunchError(f'the images of {" and ".join(names)} must have boxes of the classes '
+                          f'{first_names(sets[0].classes)}, but none has one')
     return ConcatDataset(sets)
 
 

@@ -1,6 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The pictures of the analysis, with a map of colours that colour-blind readers and printers without colour keep apart."""
-import textwrap
 from typing import Mapping, Sequence
 
 import numpy as np
@@ -53,7 +52,7 @@ def draw_grids(path: str, grids: Mapping[str, np.ndarray], title: str) -> None:
     for axis, (name, values) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items()):
         _matrix(figure, axis, values, fontsize=8)
         axis.set(xlabel='column', ylabel='level', xticks=range(columns), yticks=range(levels))
-        axis.set_title(textwrap.shorten(name, 40, placeholder=' …'), fontsize=9)
+        axis.set_title(name if len(name) <= 40 else f'{name[:38]} …', fontsize=9)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

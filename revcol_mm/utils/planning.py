@@ -141,10 +141,10 @@ def column_network(cfg: Config) -> type[ColumnStack]:
     """
     backbone = (cfg.get('model') or {}).get('backbone') or {}
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        kind = MODELS.get(backbone['type']) if backbone.get('type') else None
+        kind = MODELS.get(backbone['type']) if isinstance(backbone.get('type'), str) else backbone.get('type')
     if not (isinstance(kind, type) and issubclass(kind, ColumnStack)):
         raise ValueError(f'{cfg.filename} must have a network of columns as its backbone (RevCol, RevColViT, RevColC2f), '
-                         f'but has {backbone.get("type")}')
+                         f'but has {kind_of(backbone)}')
     return kind
 
 

@@ -258,9 +258,21 @@ def test_images_without_labels_are_refused(here, tmp_path):
 
 def test_a_detection_set_without_boxes_of_the_classes_is_refused(here):
     cfg = read('cascade', {'test_dataloader.dataset.metainfo.classes': 'lion'})  # one class, not four letters
-    with pytest.raises(LaunchError, match=r'must have boxes of its classes \(lion\), but none of its images has one'):
+    with pytest.raises(LaunchError, match=r'the images of test must have boxes of the classes lion, but none has one'):
         cka.find_images(cfg, ['test'])
     assert cfg.test_dataloader.dataset.metainfo.classes == 'lion'  # the config is not changed
+
+
+def test_a_set_of_background_images_is_joined_with_one_that_has_boxes(here, tmp_path):
+    cfg = read('cascade')
+    dataset = cfg.test_dataloader.dataset
+    contents = json.loads((here / dataset.data_root / dataset.ann_file).read_text())
+    (tmp_path / 'empty.json').write_text(json.dumps(dict(contents, annotations=[])))
+    cfg.val_dataloader.dataset.ann_file = str(tmp_path / 'empty.json')
+    images = cka.find_images(cfg, ['val', 'test'])
+    assert len(images) == 16 and not images[0]['labels'].any() and images[8]['labels'].any()
+    with pytest.raises(LaunchError, match='the images of val must have boxes of the classes 0, 1, 2'):
+        cka.find_images(cfg, ['val'])
 
 
 def test_labels_that_are_the_same_everywhere_are_refused_and_repeated_names_are_numbered(here):

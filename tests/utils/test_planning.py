@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmseg.datasets.transforms import RandomCrop
 
+from revcol_mm.models import RevCol
 from revcol_mm.utils import planning
 from revcol_mm.utils.memory import StepBytes, count_step
 from revcol_mm.utils.planning import Plan, Way, parse_bytes
@@ -242,6 +243,13 @@ def test_the_tool_says_what_is_wrong_in_one_line(args, sentence):
     done = run_tool('plan_memory', *args)
     assert done.returncode == 1
     assert done.stderr.startswith('error: ') and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_backbone_whose_type_is_a_class_is_known():
+    for type_, scope in ((RevCol, None), (RevCol, 'mmdet'), ('RevCol', 'mmdet'), ('revcol_mm.RevCol', 'mmdet')):
+        assert planning.column_network(Config(dict(default_scope=scope, model=dict(backbone=dict(type=type_))))) is RevCol
+    with pytest.raises(ValueError, match='must have a network of columns as its backbone .* but has Conv2d'):
+        planning.column_network(Config(dict(model=dict(backbone=dict(type=torch.nn.Conv2d)))))
 
 
 def test_another_backbone_is_refused(tmp_path):
