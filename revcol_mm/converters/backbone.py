@@ -2,7 +2,7 @@
 """Finding the RevCol in a file by the names and shapes of the weights."""
 import re
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -49,9 +49,7 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
     if len(prefixes) > 1:
         raise CheckpointError(f'{filename} must hold one RevCol, but holds {len(prefixes)}, with the prefixes {prefixes}')
     prefix = prefixes[0]
-    if prefix + FOLDED in weights:
-        raise CheckpointError(f'{filename} holds a folded RevCol (switch_to_deploy), which is for inference only: use the '
-                              'checkpoint that it was folded from')
+    check_unfolded(weights, filename, prefix)
     own = {key[len(prefix):]: value for key, value in weights.items()
            if re.match(r'(stem|subnet\d+)\.', key[len(prefix):]) and key.startswith(prefix)}
     arch = _infer_arch(own, filename)
@@ -68,6 +66,13 @@ def find_backbone(weights: Mapping[str, Tensor], filename: str) -> Backbone:
                               f'{differences}')
     named = [name for name, known in RevCol.ARCHS.items() if dict(dict(deep_to_shallow=False), **known) == arch]
     return Backbone(prefix, named[0] if named else arch, kernel_size, in_channels, frozenset(own))
+
+
+def check_unfolded(weights: Collection[str], filename: str, prefix: str) -> None:
+    """Raises CheckpointError if the backbone under this prefix is folded, so that nothing can be trained or converted."""
+    if prefix + FOLDED in weights:
+        raise CheckpointError(f'{filename} holds a folded network of columns (switch_to_deploy), which is for inference only: '
+                              'use the checkpoint that it was folded from')
 
 
 def _infer_arch(own: Mapping[str, Tensor], filename: str) -> dict:

@@ -16,7 +16,7 @@ from ..checkpoint.loading import COUNTERS, check_weights, find_meta, find_state_
 from ..checkpoint.names import count_dtypes, find_dataset_meta, find_num_classes, find_task
 from ..checkpoint.safe import CheckpointError, local_name, read_checkpoint
 from ..version import __version__
-from .backbone import HRNET_PATH
+from .backbone import HRNET_PATH, check_unfolded
 from .importing import import_checkpoint
 
 EXTENSIONS = ('.pth', '.safetensors')
@@ -44,6 +44,7 @@ def strip_training_state(checkpoint: Any, filename: str = 'the checkpoint') -> t
     weights, meta = strip_module(find_state_dict(checkpoint, filename)[0]), find_meta(checkpoint, filename)
     others = not kernels_of(weights) or any(map(HRNET_PATH.search, weights))
     if others and any(map(COLUMN.match, weights)):
+        check_unfolded(weights, filename, 'backbone.')
         check_weights(weights, filename)
         published, size = dict(meta=find_dataset_meta(checkpoint, filename), state_dict=OrderedDict(weights)), {}
     else:

@@ -516,6 +516,14 @@ def test_models_with_our_other_backbones_are_published_with_less_of_a_descriptio
         publish_checkpoint(save(contents, tmp_path / 'run.pth'))
 
 
+def test_a_folded_model_with_hrnets_paths_is_not_published(tmp_path):
+    backbone = HRNetColumns(small_arch(2))
+    backbone.switch_to_deploy()
+    weights = {f'backbone.{name}': value for name, value in backbone.state_dict().items()}
+    with pytest.raises(CheckpointError, match='run.pth holds a folded network of columns .*inference only'):
+        publish_checkpoint(save(dict(state_dict=weights, meta={}), tmp_path / 'run.pth'))
+
+
 def test_columns_with_hrnets_paths_are_not_taken_for_revcols():
     with pytest.raises(CheckpointError, match="x.pth must hold a RevCol, but its columns are not RevCol's: they are"):
         pad_checkpoint(HRNetColumns(small_arch(2)).state_dict(), 7, filename='x.pth')

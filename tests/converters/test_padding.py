@@ -386,7 +386,7 @@ def test_a_folded_network_is_named(tmp_path):
     net = revcol()
     net.switch_to_deploy()
     torch.save(net.state_dict(), tmp_path / 'folded.pth')
-    with pytest.raises(SystemExit, match='folded.pth holds a folded RevCol'):
+    with pytest.raises(SystemExit, match='folded.pth holds a folded network of columns'):
         pad_kernels.main([str(tmp_path / 'folded.pth'), '--size', '7'])
 
 
