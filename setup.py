@@ -18,10 +18,10 @@ class build_py_with_mim(build_py):
     """``build_py`` that also fills ``revcol_mm/.mim``."""
 
     def run(self):
-        package = (ROOT if self.editable_mode else Path(self.build_lib)) / 'revcol_mm'
+        package = (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / 'revcol_mm'
         mim = package / '.mim'
         # What was deleted since the last build, a module or a config, must not live on.
-        shutil.rmtree(mim if self.editable_mode else package, ignore_errors=True)
+        shutil.rmtree(mim if package == ROOT / 'revcol_mm' else package, ignore_errors=True)
         super().run()
         mim.mkdir(parents=True)
         for name in MIM_CONTENTS:
