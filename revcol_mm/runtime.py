@@ -78,10 +78,16 @@ class Model:
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             reason = str(error).splitlines()[0]
             raise ValueError(f'{path} must be an ONNX file that onnxruntime can run, but is not: {reason}') from error
+        if PROVIDERS[provider] not in self.session.get_providers():  # onnxruntime goes on with the CPU
+            raise ValueError(f'provider {provider!r} cannot be used, because onnxruntime could not start '
+                             f'{PROVIDERS[provider]}: install the CUDA and cuDNN, or the OpenVINO, that it needs, or use cpu')
         entries = self.session.get_modelmeta().custom_metadata_map
-        if 'task' not in entries or 'pipeline' not in entries:
+        if 'task' not in entries:
             raise ValueError(f'{path} must be a whole model that tools/export_onnx.py has written, but its metadata has no '
-                             'task or no pipeline: export it again, without --part backbone')
+                             'task: export it again, without --part backbone')
+        if 'pipeline' not in entries:
+            raise ValueError(f'{path} must say how images are prepared, but its metadata has no pipeline: export it with '
+                             'tools/export_onnx.py, or with export_model(…, metadata=describe(cfg, meta))')
         self.metadata = {key: _read(value) for key, value in entries.items()}
         self.task, self.pipeline = self.metadata['task'], self.metadata['pipeline']
         self.classes, self.palette = self.metadata.get('classes'), self.metadata.get('palette')
@@ -375,12 +381,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_images(patterns: Sequence[str]) -> list[str]:
+def find_images(patterns: Sequence[str], out: str | None = None) -> list[str]:
     """All images that the patterns name, in order, without repetition.
+
+    Pictures and label maps of an earlier run in the folder ``out`` are no images, unless they are named one by one.
 
     Raises:
         ValueError: for a pattern that names no image.
     """
+    earlier = tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in ('vis', 'maps')
+                    if os.path.isfile(os.path.join(out, 'images.json'))) if out else ()
     found: dict[str, str] = {}
     for pattern in map(os.path.expanduser, patterns):
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -389,6 +399,8 @@ def find_images(patterns: Sequence[str]) -> list[str]:
             inside = sorted(glob.glob(os.path.join(glob.escape(place), '**', '*'), recursive=True))
             images = [path for path in inside if path.lower().endswith(EXTENSIONS) and os.path.isfile(path)]
             paths += images if os.path.isdir(place) else [place]
+        if paths != [pattern]:
+            paths = [path for path in paths if not os.path.realpath(path).startswith(earlier)]
         if not paths:
             raise ValueError(f'there is no image {pattern} (looked from {os.getcwd()})')
         for path in paths:
@@ -404,19 +416,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse_args(argv)
     try:
-        paths = find_images(args.images)
+        paths = find_images(args.images, args.out)
         files = {name: os.path.join(args.out, f'{name}.json') for name in ('images', 'predictions')}
-        for path in files.values():
-            if os.path.exists(path) and not args.force:
-                raise ValueError(f'the output {path} exists already: choose another folder, or replace it with --force')
-        inputs = {os.path.realpath(path) for path in paths}
-        for places in _outputs_of(paths, args.out).values():
+        outputs, inputs = _outputs_of(paths, args.out), {os.path.realpath(path) for path in paths}
+        for places in outputs.values():
             for path in places:
                 if os.path.realpath(path) in inputs:
                     raise ValueError(f'the output {path} is one of the images, which are never changed: choose another folder')
         if Image is None and not args.no_pictures:
             raise ImportError('drawing needs Pillow: pip install Pillow, or add --no-pictures')
         model = Model(args.model, args.provider, args.threads)
+        pictures = [] if args.no_pictures else outputs['vis']
+        for path in [*files.values(), *pictures, *(outputs['maps'] if model.task == 'segmentation' else [])]:
+            if os.path.exists(path) and not args.force:
+                raise ValueError(f'the output {path} exists already: choose another folder, or replace it with --force')
+        os.makedirs(args.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # an error before the run if nothing can be written there
         images, predictions, left_out = _predict_all(model, paths, args)
         for name, content in dict(images=dict(images=images, annotations=[], categories=_categories(model, predictions)),
                                   predictions=predictions).items():

@@ -41,6 +41,8 @@ def write(path: Path, nodes: list, outputs: dict[str, int], constants: dict[str,
         [onnx.numpy_helper.from_array(value, name) for name, value in (constants or {}).items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
     for key, value in dict(dict(pipeline=[RESIZE]), **metadata).items():
+        if value is None:
+            continue
         model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.save(model, path)
     return str(path)
@@ -195,6 +197,30 @@ def test_32_bits_are_refused_without_opencv(tmp_path, monkeypatch):
         runtime.read_image(tmp_path / 'x.tif')
 
 
+@pytest.mark.parametrize('make, name', [(detector, 'vis/x.jpg'), (segmentor, 'maps/x.png')])
+def test_files_of_others_are_not_replaced(tmp_path, image, capsys, make, name):
+    Image.fromarray(image).save(tmp_path / 'x.png')
+    theirs = tmp_path / 'out' / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b'annotated by hand')
+    assert runtime.main([make(tmp_path), str(tmp_path / 'x.png'), '--out', str(tmp_path / 'out')]) == 1
+    assert f'{name} exists already' in capsys.readouterr().err and theirs.read_bytes() == b'annotated by hand'
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_run(tmp_path, image, capsys, monkeypatch):
+    Image.fromarray(image).save(tmp_path / 'x.png')
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr(runtime.Model, 'predict', None)  # it must not come to this
+    arguments = [detector(tmp_path), str(tmp_path / 'x.png'), '--out', str(tmp_path / 'file'), '--no-pictures']
+    assert runtime.main(arguments) == 1 and 'error: ' in capsys.readouterr().err
+
+
+def test_a_provider_that_onnxruntime_cannot_start_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr('onnxruntime.get_available_providers', lambda: ['CUDAExecutionProvider', 'CPUExecutionProvider'])
+    with pytest.raises(ValueError, match="provider 'cuda' cannot be used, because onnxruntime could not start CUDAEx"):
+        runtime.Model(detector(tmp_path), 'cuda')
+
+
 def test_images_are_not_replaced_by_what_is_made_of_them(tmp_path, image, capsys):
     (tmp_path / 'maps').mkdir()
     Image.fromarray(image).save(tmp_path / 'maps' / 'x.png')
@@ -230,7 +256,7 @@ def test_the_tool_takes_a_file_before_it_imports_torch(tmp_path, image):
     Image.fromarray(image).save(tmp_path / 'x.png')
     blocked = ('import sys, runpy\nsys.modules["torch"] = None\nsys.argv = sys.argv[1:]\n'
                'runpy.run_path(sys.argv[0], run_name="__main__")')
-    arguments = [ROOT / 'tools' / 'infer.py', detector(tmp_path), 'x.png', '--out', 'out']
+    arguments = [ROOT / 'tools' / 'infer.py', '--out', 'out', detector(tmp_path), 'x.png']
     for _ in range(2):
         done = subprocess.run([sys.executable, '-c', blocked, *arguments], cwd=tmp_path, text=True, capture_output=True)
         if _ == 0:
@@ -242,6 +268,8 @@ def test_the_tool_takes_a_file_before_it_imports_torch(tmp_path, image):
     (lambda path: path.write_bytes(b'text'), 'must be an ONNX file that onnxruntime can run, but is not'),
     (lambda path: path.unlink(), 'there is no file'),
     (lambda path: write(path, [helper.make_node('Identity', ['images'], ['y'])], dict(y=2)), 'metadata has no task'),
+    (lambda path: write(path, [helper.make_node('Identity', ['images'], ['y'])], dict(y=2), task='detection', pipeline=None),
+     r'metadata has no pipeline: .*metadata=describe\(cfg, meta\)'),
     (lambda path: write(path, [helper.make_node('Identity', ['images'], ['y'])], dict(y=2), task='detection',
                         pipeline=[dict(type='Rotate')]), 'are prepared by Rotate, which this version does not know')])
 def test_unusable_files_are_refused(tmp_path, change, message):

@@ -17,7 +17,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
-if __name__ == '__main__' and sys.argv[1:] and sys.argv[1].endswith('.onnx'):  # before anything imports PyTorch
+if __name__ == '__main__' and any(argument.endswith('.onnx') for argument in sys.argv[1:]):  # before PyTorch is imported
     folder, = importlib.util.find_spec('revcol_mm').submodule_search_locations
     runpy.run_path(str(Path(folder) / 'runtime.py'), run_name='__main__')
 
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args)
-    paths = find_images(args.images)
+    paths = find_images(args.images, args.out)
     check_folder(args.out, make=True)
     numbering = Numbering.from_annotations(args.ann_file) if args.ann_file else None
     inferencer = build_inferencer(cfg, args.checkpoint, args.device, args.deploy)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Sequence
 from unittest.mock import patch
 
-import cv2
 import mmcv
 import numpy as np
 import torch
@@ -218,9 +217,11 @@ def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequen
     found = kind._load_metainfo(given) if hasattr(kind, '_load_metainfo') else {**defaults, **given}
     given, order = found.get('classes'), find_file_classes(cfg)
     palette = found.get('palette')
-    if order and given and palette is not None and len(palette) == len(given) and set(order) == set(given):
-        palette = [palette[list(given).index(name)] for name in order]
     classes = order or given
+    if classes and palette is not None:
+        named = dict(zip(defaults.get('classes') if len(palette) != len(given or ()) else given, palette))
+        palette = [named[name] for name in classes] if set(classes) <= set(named) else palette
+        palette = palette if len(palette) == len(classes) else None  # mmseg refuses another number
     if classes:
         print('warning: the checkpoint names no classes, so that its labels are taken for those of the data'
              f'{", in the order of their file" * bool(order)}: ({first_names(classes, 10)})', file=sys.stderr)
@@ -229,12 +230,19 @@ def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequen
 
 # Images ----------------------------------------------------------------------------------------------------------------------
 
-def find_images(patterns: Sequence[str]) -> list[str]:
+def find_images(patterns: Sequence[str], out: str | None = None) -> list[str]:
     """All images that the patterns name: files, folders (with all images below) and globs; in order, without repetition.
+
+    Args:
+        patterns (Sequence[str]): what the user named.
+        out (str | None): folder of the outputs. Pictures and label maps of an earlier run in it are no images, unless they are
+            named one by one. Default: None.
 
     Raises:
         FileNotFoundError: for a pattern that names no image.
     """
+    earlier = [osp.realpath(osp.join(out, name)) + os.sep for name in ('vis', 'maps')
+               if osp.isfile(osp.join(out, 'images.json'))] if out else []
     unique: dict[str, str] = {}
     for pattern in patterns:
         pattern = osp.expanduser(pattern)
@@ -246,6 +254,8 @@ def find_images(patterns: Sequence[str]) -> list[str]:
                 images += sorted(file for file in inside if file.lower().endswith(EXTENSIONS) and osp.isfile(file))
             else:
                 images.append(path)
+        if images != [pattern]:
+            images = [path for path in images if not osp.realpath(path).startswith(tuple(earlier))]
         if not images:
             raise FileNotFoundError(f'there is no image {pattern} (looked from {os.getcwd()})' if not found else
                                     f'there are no images ({", ".join(EXTENSIONS)}) in {pattern}')
@@ -434,7 +444,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
         Summary: of the run.
 
     Raises:
-        CheckpointError: if the outputs exist, or are inputs, or if ``out`` cannot be made.
+        CheckpointError: if an output exists, or is an input, or if ``out`` cannot be made.
     """
     check_folder(out, make=True)
     numbering = numbering or Numbering()
@@ -447,7 +457,9 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
             raise CheckpointError(f'the output {path} is one of the images, which are never changed: choose another folder')
     os.makedirs(out, exist_ok=True)
     files = {name: osp.join(out, f'{name}.json') for name in ('images', 'predictions')}
-    for path in files.values():
+    pictures = vis.values() if draw else ()
+    label_maps = maps.values() if type(inferencer).__name__ == 'MMSegInferencer' else ()
+    for path in (*files.values(), *filter(osp.lexists, (*pictures, *label_maps))):
         check_output(path, '', force)
 
     summary, images, predictions, taken = Summary(), [], [], set()
@@ -463,7 +475,7 @@ def predict(inferencer, paths: Sequence[str], out: str, draw: bool = True, score
                 contents[vis[path]] = encode_picture(np.ascontiguousarray(picture[..., ::-1]))
             if labels is not None:
                 contents[maps[path]] = encode_map(labels)
-        except (ValueError, RuntimeError, OSError, ArithmeticError, MemoryError, cv2.error) as error:  # its fault, or memory's
+        except Exception as error:  # of this image, or of memory, in any part of three packages
             summary.skipped[path] = (str(error).strip() or type(error).__name__).splitlines()[0]
             continue
         height, width = image.shape[:2]

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from itertools import chain
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -39,7 +39,8 @@ def quantize_onnx(path: str, out: str, inputs: Iterable[Mapping[str, np.ndarray]
     Args:
         path (str): a file of :func:`export_model` or :func:`export_backbone`, in float32. It does not change.
         out (str): the file to write. An earlier one stays as it was if this fails.
-        inputs (Iterable[Mapping[str, np.ndarray]]): inputs of the file by name, of some 50 to 500 typical images.
+        inputs (Iterable[Mapping[str, np.ndarray]]): inputs of the file by name, of some 50 to 500 typical images, in at least
+            one of which a detector finds something.
         reduce_range (bool | None): whether weights have 7 bits instead of 8, so that a CPU without instructions for this adds
             two products without overflow. Default: None, as this CPU needs it.
         force (bool): replace a file that exists. Default: False.
@@ -47,7 +48,7 @@ def quantize_onnx(path: str, out: str, inputs: Iterable[Mapping[str, np.ndarray]
     Raises:
         CheckpointError: if the file exists or cannot be written.
         ModuleNotFoundError: if onnx or onnxruntime is missing.
-        ValueError: if there are no inputs, or if the file is not in float32.
+        ValueError: if there are no inputs, if nothing is found in any, or if the file is not in float32.
         RuntimeError: if a prediction of the copy is not finite.
     """
     import onnx
@@ -69,12 +70,15 @@ def quantize_onnx(path: str, out: str, inputs: Iterable[Mapping[str, np.ndarray]
         names = _nodes_with_weights(model)
         onnx.save(model, source, **(dict(external, location='source.onnx.data') if external else {}))
         del model
+        reader = _Reader(chain([first], rest), run_file(path))
         with warnings.catch_warnings(), quiet_log():  # which recommend a preparation that does not work with free sizes
             warnings.simplefilter('ignore')
-            quantize_static(source, drafted, _Reader(chain([first], rest)), QuantFormat.QDQ, list(INTEGER), per_channel=True,
+            quantize_static(source, drafted, reader, QuantFormat.QDQ, list(INTEGER), per_channel=True,
                             reduce_range=not adds_without_overflow() if reduce_range is None else reduce_range,
                             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                             nodes_to_quantize=names, use_external_data_format=bool(external))
+        if not reader.found:  # what comes behind the detections has seen no value
+            raise ValueError('the model must find something in at least one of the images, but found nothing: give others')
         model = onnx.load(drafted)
         check_operators(model)
         set_metadata(model, dict(metadata, precision='int8'))
@@ -99,10 +103,13 @@ def _nodes_with_weights(model) -> list[str]:
 
 
 class _Reader:
-    """Inputs as onnxruntime's calibration asks for them."""
+    """Inputs as onnxruntime's calibration asks for them, and whether ``run`` has found something in one."""
 
-    def __init__(self, inputs: Iterable[Mapping[str, np.ndarray]]) -> None:
-        self.inputs = iter(inputs)
+    def __init__(self, inputs: Iterable[Mapping[str, np.ndarray]], run: Callable) -> None:
+        self.inputs, self.run, self.found = iter(inputs), run, False
 
     def get_next(self) -> Mapping[str, np.ndarray] | None:
-        return next(self.inputs, None)
+        inputs = next(self.inputs, None)
+        if inputs is not None and not self.found:
+            self.found = all(output.numel() for output in self.run(**inputs))
+        return inputs

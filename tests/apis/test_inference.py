@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from pycocotools.coco import COCO
 
+from revcol_mm import runtime
 from revcol_mm.apis import config, errors, inference, test
 from revcol_mm.apis.inference import _classes_and_palette, build_inferencer, find_images, load_weights, output_names, predict
 from revcol_mm.checkpoint import CheckpointError
@@ -172,6 +173,41 @@ def test_an_earlier_run_is_not_replaced(workshop, images, tmp_path):
     run(workshop, 'classification', images[1], '--out', tmp_path, '--no-pictures', '--force')
 
 
+def test_files_of_others_in_the_folders_of_the_outputs_are_not_replaced(workshop, images, tmp_path):
+    for name, task in (('vis/0.jpg', 'classification'), ('maps/0.png', 'segmentation')):
+        (tmp_path / 'in').mkdir(exist_ok=True)
+        (tmp_path / 'in' / '0.jpg').write_bytes(Path(images[0]).read_bytes())
+        theirs = tmp_path / name
+        theirs.parent.mkdir()
+        theirs.write_bytes(b'annotated by hand')
+        with pytest.raises(SystemExit, match=f'error: the output .*{name} exists'):
+            run(workshop, task, tmp_path / 'in', '--out', tmp_path)
+        assert theirs.read_bytes() == b'annotated by hand'
+        theirs.unlink()
+
+
+def test_outputs_of_an_earlier_run_are_no_images(tmp_path):
+    for name in ('a.jpg', 'out/vis/a.jpg', 'out/maps/a.png', 'out/b.jpg'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    folder, out = str(tmp_path), str(tmp_path / 'out')
+    for find in (find_images, runtime.find_images):
+        assert len(find([folder], out)) == 4  # no run has been there
+    (tmp_path / 'out' / 'images.json').write_text('{}')
+    for find in (find_images, runtime.find_images):
+        assert find([folder], out) == find([f'{folder}/**/*.*g'], out) == [f'{folder}/a.jpg', f'{folder}/out/b.jpg']
+        assert find([f'{out}/vis/a.jpg'], out) == [f'{out}/vis/a.jpg']
+        with pytest.raises((FileNotFoundError, ValueError), match='no image'):
+            find([f'{out}/vis'], out)
+
+
+def test_any_error_of_an_image_leaves_only_that_image_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, 'read_image', lambda path: np.zeros((1, 1, 3), np.uint8))
+    monkeypatch.setattr(inference, 'predict_image', lambda inferencer, path, *_: ([], None, None) if path == 'a.jpg' else [][0])
+    summary = predict(SimpleNamespace(classes=('cat', )), ['a.jpg', 'b.jpg'], str(tmp_path))
+    assert (summary.images, summary.skipped) == (1, {'b.jpg': 'list index out of range'})
+
+
 def test_images_are_never_overwritten(workshop, images, tmp_path):
     (tmp_path / 'vis').mkdir()
     picture = tmp_path / 'vis' / 'a.jpg'
@@ -270,6 +306,15 @@ def test_classes_of_well_known_data_sets_need_not_be_named(name, number):
     assert len(_classes_and_palette(cfg, {}, 'mmengine')[0]) == number
     dataset.type = 'BaseDataset'  # of mmengine, where no package has its own
     assert _classes_and_palette(cfg, {}, 'mmdet') == (None, None)
+
+
+def test_some_classes_of_a_well_known_data_set_have_their_colours():
+    cfg = config.load_config(test.parse_test_args([config_path('upernet_revcol_t'), 'x.pth']))
+    whole = dict(zip(*_classes_and_palette(cfg, {}, 'mmseg')))
+    cfg.test_dataloader.dataset.metainfo = dict(classes=('sky', 'wall'))
+    assert _classes_and_palette(cfg, {}, 'mmseg') == (('sky', 'wall'), [whole['sky'], whole['wall']])
+    cfg.test_dataloader.dataset.metainfo = dict(classes=('sky', 'unicorn'))
+    assert _classes_and_palette(cfg, {}, 'mmseg') == (('sky', 'unicorn'), None)
 
 
 def test_categories_of_annotations_are_not_guessed(workshop, images, tmp_path):

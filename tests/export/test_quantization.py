@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from revcol_mm.checkpoint import CheckpointError
-from revcol_mm.export import export_model
+from revcol_mm.export import export_model, quantization
 from revcol_mm.export import model as exporting
 from revcol_mm.export.quantization import INTEGER, quantize_onnx
 from tests.export.demo import TRACED, make_model, random_images, run_file
@@ -100,6 +100,17 @@ def test_a_refused_request_writes_nothing(files, tmp_path, monkeypatch, source, 
     with pytest.raises(error, match=sentence):
         quantize_onnx(str(files[source]), inputs=images_of(number), **dict(dict(out='int8.onnx'), **options))
     assert os.listdir(tmp_path) == ['old.onnx'] and (tmp_path / 'old.onnx').read_text() == 'earlier'
+
+
+def test_something_must_be_found_in_an_image(files, tmp_path, monkeypatch):
+    results = [torch.ones(0), torch.ones(0), torch.ones(1)]
+    monkeypatch.setattr(quantization, 'run_file', lambda path: lambda **inputs: [results.pop(0)])
+    with pytest.raises(ValueError, match='must find something in at least one of the images'):
+        quantize_onnx(str(files['classifier']), str(tmp_path / 'int8.onnx'), images_of(2))
+    assert os.listdir(tmp_path) == [] and len(results) == 1
+    monkeypatch.undo()
+    reader = quantization._Reader(iter(images_of(2)), lambda **inputs: [torch.ones(1)])
+    assert reader.get_next() and reader.found and reader.get_next() and reader.get_next() is None
 
 
 def test_a_file_is_not_quantized_twice(files, tmp_path):
