@@ -163,9 +163,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, loop, loader):
     assert_same(resumed, whole)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_checkpoint_between_epochs_resumes_exactly(tmp_path, workers):
-    settings = dict(by_epoch=True, by_iter=False, interval=1, workers=workers)
+@pytest.mark.parametrize('loader', LOADERS, ids=['main', 'one', 'two', 'two-persistent', 'one-persistent'])
+def test_a_checkpoint_between_epochs_resumes_exactly(tmp_path, loader):
+    settings = dict(by_epoch=True, by_iter=False, interval=1, **loader)
     whole = run(tmp_path / 'whole', **settings)
     run(tmp_path / 'cut', Recorder(stop=8), **settings)
     disturb()
@@ -424,6 +424,23 @@ def test_the_schedule_with_another_batch_size_is_that_of_a_run_which_always_had_
     ours, expected = rates[resumed.runner], rates[whole.runner][-len(rates[resumed.runner]):]
     assert len(ours) == 4
     assert ours == pytest.approx([rate * (2.5 if scales else 1) for rate in expected])
+
+
+@pytest.mark.parametrize('accumulate, factor', [(5, 1), (1, 0.2), (10, 2)])
+def test_the_learning_rate_counts_the_batches_that_are_accumulated(tmp_path, warnings_of, accumulate, factor):
+    run(tmp_path, Recorder(stop=3), batch_size=10, schedule=dict(type='ConstantLR', factor=1.))
+    resumed = run(tmp_path, resume='iter_2.pth', batch_size=2, accumulate=accumulate, scales=True,
+                  schedule=dict(type='ConstantLR', factor=1.))
+    assert resumed.runner.optim_wrapper.param_groups[0]['lr'] == pytest.approx(1e-2 * factor)
+    batches = f', and {accumulate} batches for an update' * (accumulate > 1)
+    assert any(f'now there are 1 processes with 2 samples in a batch of 10 in all{batches}' in text for text in warnings_of)
+
+
+def test_another_accumulation_alone_is_told(tmp_path, warnings_of):
+    run(tmp_path, Recorder(stop=3))
+    resumed = run(tmp_path, resume='iter_2.pth', accumulate=2, scales=True)
+    assert any('the learning rate is 2 times that of the checkpoint' in text for text in warnings_of)
+    assert len(resumed.seen) == 7 and resumed.runner.iter == 9
 
 
 @pytest.mark.parametrize('schedule, by_epoch', [

@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.model import is_model_wrapper
@@ -80,6 +81,9 @@ class ExactResumeHook(Hook):
             return
         if not resumed:  # the checkpoint gave the weights to start from
             self.loaded = {}
+        if type(getattr(loader.batch_sampler, 'sampler', None)).__name__ == 'GroupMultiSourceSampler':
+            runner.logger.warning('this run cannot be resumed exactly: GroupMultiSourceSampler draws the groups of its images '
+                                  "from numpy's generator, batch by batch")
         place = self._find_place(runner, loader) if resumed else {}
         if resumed and 'optimizer' in self.missing:
             runner.logger.warning('resuming is not exact: the checkpoint holds no optimizer state, as files of the best '
@@ -99,6 +103,8 @@ class ExactResumeHook(Hook):
             inner = inner.batch_sampler
         self.batches = NumberedBatches(inner, (self.seed, get_rank()) if loader.num_workers else None)
         vars(loader)['batch_sampler'] = self.batches  # DataLoader refuses an assignment
+        if loader.num_workers:  # starting workers draws a number; those of an uninterrupted run may have been started before
+            loader.generator = torch.Generator().manual_seed(self.seed + get_rank())
         if resumed:
             self._restore_gradients(runner)
         if not self.by_epoch:
@@ -120,7 +126,9 @@ class ExactResumeHook(Hook):
 
     def _find_place(self, runner, loader: DataLoader) -> dict[str, Any]:
         """Where this process goes on: the ``pass`` over the data, the ``batch`` in it, and what else was stored."""
-        stored, rank, settings = self.loaded.get('processes', []), get_rank(), _settings(loader)
+        stored, rank, settings = self.loaded.get('processes', []), get_rank(), _settings(runner, loader)
+        for process in filter(None, stored):
+            process['settings'].setdefault('accumulated', 1)  # which older checkpoints do not hold
         first = next((process for process in stored if process), None)
         place, reason = {key: value for key, value in (first or {}).items() if key not in ('now', 'start')}, None
         if first is None:
@@ -173,7 +181,7 @@ class ExactResumeHook(Hook):
         schedulers, wrapper = runner.param_schedulers, runner.optim_wrapper
         if not isinstance(schedulers, list) or isinstance(wrapper, OptimWrapperDict):
             return
-        sizes = [(settings['batch_size'] or 1) * settings['processes'] for settings in (before, now)]
+        sizes = [(settings['batch_size'] or 1) * settings['processes'] * settings['accumulated'] for settings in (before, now)]
         factor = sizes[1] / sizes[0] if (runner.cfg.get('auto_scale_lr') or {}).get('enable') else 1.
         if factor != 1:
             for group in wrapper.param_groups:
@@ -287,7 +295,7 @@ class ExactResumeHook(Hook):
         return {**self.position, 'pass': self.position['epoch'] if self.by_epoch else number,
                 'start': start, 'now': now, 'seed': int(self.seed),
                 'sampler_seed': getattr(getattr(self.batches, 'sampler', None), 'seed', None),
-                'workers': loader.num_workers, 'settings': _settings(loader)}
+                'workers': loader.num_workers, 'settings': _settings(runner, loader)}
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         if self.batches is None:
@@ -378,14 +386,15 @@ def _why_not_exact(loop: Any) -> str | None:
     return None
 
 
-def _settings(loader: DataLoader) -> dict[str, int | None]:
-    """What the order of the samples depends on: with other settings a resumed run cannot be exact."""
+def _settings(runner, loader: DataLoader) -> dict[str, int | None]:
+    """What the order of the samples and the updates depend on: with other settings a resumed run cannot be exact."""
     return dict(processes=get_world_size(), batch_size=getattr(loader.batch_sampler, 'batch_size', None),
-                samples=len(loader.dataset))
+                samples=len(loader.dataset), accumulated=getattr(runner.optim_wrapper, '_accumulative_counts', 1))
 
 
 def _describe(settings: dict) -> str:
-    return f'{settings["processes"]} processes with {settings["batch_size"]} samples in a batch of {settings["samples"]} in all'
+    return (f'{settings["processes"]} processes with {settings["batch_size"]} samples in a batch of {settings["samples"]} in '
+            'all' + f', and {settings["accumulated"]} batches for an update' * (settings['accumulated'] > 1))
 
 
 def _fresh_batch_sampler(runner, loader: DataLoader, seed: int | None) -> Any:
