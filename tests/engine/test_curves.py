@@ -68,12 +68,14 @@ def test_a_resumed_run_replaces_the_iterations_that_it_repeats(tmp_path):
 def test_the_validation_with_which_a_resumed_run_begins_belongs_to_its_checkpoint(tmp_path):
     lines = dict(first=[dict(lr=1, loss=4., step=1), dict(score=0.1, step=0),
                         dict(lr=1, loss=3., step=2), dict(score=0.2, step=0), dict(lr=1, loss=9., step=3)],
-                 second=[dict(score=0.2, step=0), dict(lr=1, loss=2., step=3), dict(score=0.3, step=0)],
+                 second=[dict(score=0.2, step=0), {'features/column0/level0/std': 1., 'step': 3}, dict(lr=1, loss=2., step=3),
+                         dict(score=0.3, step=0)],
                  third=[dict(score=0.3, step=0)])
     for name, entries in lines.items():
         (tmp_path / name).write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
     train, val = read_scalars([tmp_path / name for name in lines])
     assert train['loss'] == [(1, 4.), (2, 3.), (3, 2.)] and val['score'] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert not [name for name in val if name.startswith('features/')]
 
 
 def test_a_line_that_a_killed_run_has_cut_off_is_left_out(tmp_path):

@@ -80,6 +80,8 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # cut off: the process was killed while it wrote
                 continue
+            if all(name == 'step' or name.startswith('features/') for name in entry):  # of FeatureStatisticsHook
+                continue
             if 'lr' in entry:
                 iteration = entry['step']
             here['lr' not in entry].append(dict(entry, step=iteration))
@@ -113,7 +115,7 @@ def draw_curves(path: str, train: Curves, val: Curves) -> None:
         'loss': {name: curve for name, curve in train.items() if 'loss' in name.rpartition('/')[2]},
         'learning rate': {name: train[name] for name in train if name == 'lr'},
         'validation': {name: curve for name, curve in val.items() if name.rpartition('/')[2] not in NO_METRICS
-                       and not name.endswith(SIZES) and not name.startswith('features/')}}
+                       and not name.endswith(SIZES)}}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         return
