@@ -8,12 +8,13 @@ from logging import Logger
 
 from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
-from mmengine.dist import barrier, broadcast_object_list, is_main_process
+from mmengine.dist import all_gather_object, barrier, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook, Hook
 
 from ..checkpoint import CheckpointError, read_checkpoint
 from ..checkpoint.files import put_in_place
+from ..checkpoint.safe import is_local
 from .checks import check_checkpoint
 from .errors import LaunchError
 
@@ -78,6 +79,10 @@ class SafeSaving:
                 choice[1] = find_newest_checkpoint(self.cfg, self.logger)
             broadcast_object_list(choice)
             self._resume, self._load_from = choice
+            path = self._load_from
+            if path and is_local(path) and not all(all_gather_object(osp.exists(osp.expanduser(path)))):
+                raise CheckpointError(f'all processes must see the checkpoint {path}, but some do not: name a work folder that '
+                                      'all machines share, or copy the checkpoint to each')
         super().load_or_resume()
 
 
@@ -202,7 +207,8 @@ def list_checkpoints(cfg: Config) -> list[str]:
             return [named]
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folders = [cfg.work_dir]
-    if hook.get('out_dir'):
+    # Before the first training in the work folder, what lies in the other one is of another training.
+    if hook.get('out_dir') and osp.isdir(cfg.work_dir) and any(entry.is_dir() for entry in os.scandir(cfg.work_dir)):
         folders.append(osp.join(hook['out_dir'], osp.basename(cfg.work_dir.rstrip(os.sep))))
     patterns = {(hook.get('filename_tmpl') or 'iter_{}.pth').replace('{}', '*'), 'iter_*.pth', 'epoch_*.pth'}
     found = [osp.join(folder, name) for folder in folders if osp.isdir(folder) for name in os.listdir(folder)

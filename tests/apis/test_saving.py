@@ -17,6 +17,7 @@ from mmengine.registry import METRICS
 from benchmarks.drills import CONFIG
 from revcol_mm.apis import saving, train
 from revcol_mm.apis.runner import build_runner
+from revcol_mm.apis.saving import list_checkpoints
 from revcol_mm.checkpoint import CheckpointError
 
 QUIET = 'log_level = "ERROR"\n'
@@ -303,6 +304,23 @@ def test_the_folder_of_the_checkpoint_hook_is_searched(config, tmp_path):
     (tmp_path / 'work' / 'last_checkpoint').unlink()
     fit(config, *options, 'train_cfg.max_iters=5')
     assert iteration('elsewhere/work/step5.ckpt') == 5
+
+
+def test_the_folder_of_the_checkpoint_hook_may_hold_those_of_another_run(config, tmp_path):
+    options = {'default_hooks.checkpoint.out_dir': 'elsewhere', 'launcher': 'none'}
+    fit(config, 'default_hooks.checkpoint.out_dir=elsewhere')
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict({**options, 'work_dir': 'other/work'})
+    assert list_checkpoints(cfg) == []
+    cfg.work_dir = 'work'
+    assert iteration(list_checkpoints(cfg)[0]) == 4
+
+
+def test_a_machine_that_does_not_see_the_checkpoint_is_told_what_to_do(config, monkeypatch):
+    fit(config)
+    monkeypatch.setattr('revcol_mm.apis.saving.all_gather_object', lambda seen: [seen, False])
+    with pytest.raises(CheckpointError, match='all processes must see the checkpoint .*iter_4.pth, but some do not'):
+        fit(config, 'train_cfg.max_iters=5')
 
 
 def test_resume_in_the_config_falls_back_too(config, tmp_path):
