@@ -54,7 +54,7 @@ def check_interpreter(pythons=PYTHONS):
 @contextlib.contextmanager
 def locked(path, waiting):
     """Holds an exclusive lock on a file or folder; the system gives it back when the process ends, however it ends."""
-    descriptor = os.open(path, os.O_RDONLY | (0 if os.path.isdir(path) else os.O_CREAT))
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,8 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """The config of a run: the command line's settings, the config's packages, and the arguments that every tool shares."""
 import argparse
+import ast
+import contextlib
 import importlib.util
 import os
 import os.path as osp
@@ -22,13 +24,19 @@ CHECKPOINT = ("weights of the whole model: a file or a URL, also of the authors'
 
 
 class _Settings(DictAction):
-    """mmengine's action, which removes blanks from values, for settings that may be paths with blanks.
+    """mmengine's action, which removes blanks from values, for settings that may be paths and names with blanks.
 
-    A setting that is not KEY=VALUE gets an error message.
+    Lists, tuples and dicts may be written as in Python. A setting that is not KEY=VALUE gets an error message.
     """
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
+        with contextlib.suppress(SyntaxError, ValueError):
+            found = ast.literal_eval(val.strip())
+            if isinstance(found, (list, tuple, dict)):
+                return found
+        quoted = re.fullmatch(r"""(['"])([^,\[(]*)\1""", val.strip())
+        val = quoted[2] if quoted else val
         single = not re.search(r"""^[(\['"]|,|['"]$""", val.strip())  # no list, no tuple, no quotes around it
         return DictAction._parse_int_float_bool(val.strip()) if single else DictAction._parse_iterable(val)
 

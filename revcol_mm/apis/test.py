@@ -95,6 +95,10 @@ def test(argv: Sequence[str] | None = None) -> dict[str, float]:
             raise LaunchError(f'--out must be a file that ends in .pkl or .pickle, but got {args.out}')
         for evaluator in as_list(cfg.test_evaluator):
             evaluator.update(output_dir=args.out, keep_results=True)
+    # It would build the training data.
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if kind_of(hook) != 'EarlyStoppingHook']
+    cfg.default_hooks = {name: hook for name, hook in (cfg.get('default_hooks') or {}).items()
+                         if kind_of(hook) != 'EarlyStoppingHook'}
     runner = build_runner(cfg, loads_whole_model=True)
     if exported:
         runner.model = model

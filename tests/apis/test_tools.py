@@ -165,10 +165,29 @@ def test_a_value_of_cfg_options_keeps_its_blanks_unless_it_is_a_list():
     parser = argparse.ArgumentParser()
     config.add_config_options(parser)
     values = {'path': '/my runs/bob (2).pth', 'number': ' 4 ', 'nothing': 'None', 'list': '[1, 2]', 'bare': 'a, b',
-              'tuple': '[(1, 2), (3, 4)]', 'quoted': '"[a, b]"'}
+              'tuple': '[(1, 2), (3, 4)]', 'quoted': '"[a, b]"', 'names': "('traffic light','stop sign')",
+              'text': "'traffic light'", 'dicts': "[{'type': 'LocalVisBackend'}]", 'one': '(3)', 'digits': "'4'"}
     options = parser.parse_args(['--cfg-options', *(f'{key}={value}' for key, value in values.items())]).cfg_options
     assert options == {'path': '/my runs/bob (2).pth', 'number': 4, 'nothing': None, 'list': [1, 2], 'bare': ['a', 'b'],
-                       'tuple': [(1, 2), (3, 4)], 'quoted': ['a', 'b']}
+                       'tuple': [(1, 2), (3, 4)], 'quoted': ['a', 'b'], 'names': ('traffic light', 'stop sign'),
+                       'text': 'traffic light', 'dicts': [dict(type='LocalVisBackend')], 'one': (3, ), 'digits': 4}
+
+
+def test_a_test_leaves_out_the_hook_that_would_build_the_training_data(workshop, tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def build(cfg, **_):
+        assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook'] and 'stopping' not in cfg.default_hooks
+        assert cfg.default_hooks.logger.type == 'LoggerHook'
+        raise Enough
+
+    monkeypatch.setattr(test, 'build_runner', build)
+    torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
+    hook = "{'type': 'EarlyStoppingHook', 'monitor': 'coco/bbox_mAP'}"
+    with pytest.raises(Enough):
+        test.test([str(workshop / 'detection.py'), 'empty.pth', '--cfg-options', f'default_hooks.stopping={hook}',
+                   f"custom_hooks=[{hook}, {{'type': 'EMAHook'}}]"])
 
 
 def test_the_makefile_names_checkpoints_in_folders_with_blanks():

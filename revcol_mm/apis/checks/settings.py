@@ -135,7 +135,7 @@ def put_classes_right(node: Any, key: str = '') -> None:
 
 
 def check_backends(cfg: Config) -> None:
-    """The packages of the visualizer's backends must be installed.
+    """The visualizer's backends must be settings, and their packages installed.
 
     Raises:
         LaunchError: one is not; the message names it.
@@ -143,6 +143,9 @@ def check_backends(cfg: Config) -> None:
     visualizer = cfg.get('visualizer')
     visualizer = visualizer if isinstance(visualizer, dict) else {}
     for index, backend in enumerate(visualizer.get('vis_backends') or []):
+        if isinstance(backend, str):
+            raise LaunchError(f'visualizer.vis_backends[{index}] must be a dict with a type, but is {backend!r}: write '
+                              "visualizer.vis_backends=\"[{'type': 'LocalVisBackend'}, {'type': 'TensorboardVisBackend'}]\"")
         modules = BACKENDS.get(kind_of(backend), ())
         if modules and not any(importlib.util.find_spec(module) for module in modules):
             raise LaunchError(f'visualizer.vis_backends[{index}] ({kind_of(backend)}) needs the package {modules[0]}, which is '

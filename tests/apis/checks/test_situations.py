@@ -166,6 +166,7 @@ def test_images_of_one_name_get_a_picture_each_in_detection(detector, shapes, tm
 
 @pytest.mark.parametrize('config, option, found', [
     ('detection.py', 'visualizer.vis_backends.0.type=WandbVisBackend', 'needs the package wandb.*pip install wandb'),
+    ('detection.py', "visualizer.vis_backends=[dict(type='LocalVisBackend')]", r'vis_backends\[0\] must be a dict with a type'),
     ('detection.py', 'train_dataloder.batch_size=1', 'did you mean train_dataloader.batch_size'),
     ('detection.py', 'model.roi_head.bbox_head.num_classes=3', r'model.roi_head.bbox_head .* is 3: set num_classes=2'),
     ('detection.py', 'train_dataloader.dataset.metainfo=None', r"metainfo=dict\(classes=\('disc', 'square'\)\)"),
