@@ -196,6 +196,7 @@ class RevColClassifier(nn.Module):
         """Removes the classifier, which these levels do not need, and returns the levels; the columns need all levels."""
         if prune_head:
             self.reset_classifier(0, '')
+            self.head.requires_grad_(False)  # its norm, which no level uses, and DistributedDataParallel would wait for
         return take_levels(indices)
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:

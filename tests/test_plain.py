@@ -61,6 +61,7 @@ def test_features_are_those_of_the_backbone(released, images, indices, levels):
     assert net.feature_info.reduction() == [64 // feature.shape[2] for feature in net(images)]
     assert all(name in dict(net.model.named_modules()) for name in net.feature_info.module_name())
     assert not any('classifier.1' in name for name, _ in net.named_parameters())
+    assert not any(value.requires_grad for value in net.model.head.parameters())  # DistributedDataParallel waits for none
 
 
 def test_a_checkpoint_trained_with_mmpretrain_gives_its_last_classifier(released, images, tmp_path):

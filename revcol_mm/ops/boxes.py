@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .library import at_least_single
+
 IOU = 0
 
 
@@ -17,6 +19,7 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, ali
         aligned (bool): Whether the boxes are compared pair by pair, rather than each with each; then M = N.
         offset (int): 1 if boxes are in whole pixels with both corners included, else 0.
     """
+    bboxes1, bboxes2 = at_least_single(bboxes1), at_least_single(bboxes2)
     first, second = (bboxes1, bboxes2) if aligned else (bboxes1[:, None], bboxes2[None])
     corner, far_corner = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     overlap = (far_corner - corner + offset).clamp(min=0).prod(-1)

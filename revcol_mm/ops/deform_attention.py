@@ -3,6 +3,9 @@
 
 mmcv calls these functions for tensors on a GPU; on the CPU its own Python runs, which keeps the samples of all levels at once.
 """
+import functools
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +27,12 @@ def ms_deform_attn_forward(value: Tensor, value_spatial_shapes: Tensor, value_le
 
     Returns:
         Tensor: (N, Q, M·D), of value's type.
+
+    Warns:
+        UserWarning: once, if places come in bfloat16, as they do from mmcv under autocast; compiled mmcv refuses the type.
     """
+    if sampling_locations.dtype == torch.bfloat16:
+        _warn_of_bfloat16()
     batch, queries, heads = sampling_locations.shape[:3]
     levels = _levels(value_spatial_shapes, value_level_start_index)
     values, places, weights = map(at_least_single, (value, sampling_locations, attention_weights))
@@ -34,6 +42,13 @@ def ms_deform_attn_forward(value: Tensor, value_spatial_shapes: Tensor, value_le
         result += _attend(pixels, places[:, :, :, level], weights[:, :, :, level], height, width)
     # (N·M, D, Q) -> (N, Q, M·D)
     return result.view(batch, heads * value.size(-1), queries).transpose(1, 2).to(value.dtype).contiguous()
+
+
+@functools.cache
+def _warn_of_bfloat16() -> None:
+    warnings.warn('deformable attention gets its places in bfloat16, as multiples of 1/256 of the image, which are more than a '
+                  'pixel apart in levels of more than 256 pixels: train in float32, or in float16 with '
+                  "optim_wrapper.dtype='float16'", stacklevel=3)
 
 
 def ms_deform_attn_backward(value: Tensor, value_spatial_shapes: Tensor, value_level_start_index: Tensor,

@@ -145,7 +145,7 @@ class ReversibleCall:
         self.monitor = monitor
         self.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
                              dtype=torch.get_autocast_dtype(device), cache_enabled=False)
-        self.smallest_gammas = fetch_smallest_gammas(columns)
+        self.smallest_gammas = fetch_smallest_gammas(columns, x.device)
         self.forward_state = ForwardState()
         self.backward_state: BackwardState | None = None
 
@@ -174,10 +174,14 @@ def round_stream(stream: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.bitwise_and_(-2**20).view(stream.dtype).to(dtype)
 
 
-def fetch_smallest_gammas(columns: Sequence[ReversibleColumn]) -> Callable[[], list[float]]:
+def fetch_smallest_gammas(columns: Sequence[ReversibleColumn], device: torch.device | None = None) -> Callable[[], list[float]]:
     """Starts to fetch the smallest |γ| of every column but the first, at least :data:`MIN_GAMMA`, from the device.
 
     γ is read in every pass, so the values are never those of an earlier step.
+
+    Args:
+        columns (Sequence[ReversibleColumn]): the columns, which may be sharded.
+        device (torch.device | None): where the columns compute; FSDP may keep their γ elsewhere. Default: None, where γ is.
 
     Returns:
         Callable[[], list[float]]: waits for the values, and returns them. On CUDA it waits for this transfer alone: columns
@@ -185,13 +189,13 @@ def fetch_smallest_gammas(columns: Sequence[ReversibleColumn]) -> Callable[[], l
     """
     gammas, sharded = [], False
     for column in columns[1:]:
-        for gamma, shape in zip(column.gammas, column.gamma_shapes):
-            sharded |= isinstance(gamma, DTensor) or tuple(gamma.shape) != shape
+        for gamma in column.gammas:
+            sharded |= isinstance(gamma, DTensor) or hasattr(column, '_fsdp_wrapped_module')  # the same in all processes
             local = (gamma.to_local() if isinstance(gamma, DTensor) else gamma).detach()
             gammas.append(local.abs().amin().float() if local.numel() else local.new_tensor(math.inf, dtype=torch.float32))
     if not gammas:
         return list
-    smallest = torch.stack(gammas)
+    smallest = torch.stack(gammas).to(device)
     if sharded:  # each process holds a part
         torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
     smallest = smallest.view(len(columns) - 1, -1).amin(1).clamp_min(MIN_GAMMA)

@@ -270,6 +270,13 @@ def test_what_does_not_fit_is_named(change, message):
         build(**change)
 
 
+def test_another_backbone_is_refused():
+    with pytest.raises(ValueError, match='needs a RevCol whose .* but got RevColC2f with num_columns=4'):
+        MODELS.build(dict(type='IntermediateSupervisionClassifier',
+                          backbone=dict(type='RevColC2f', arch=dict(channels=CHANNELS, depths=(1, 1, 1, 1), num_columns=4)),
+                          head=dict(type='IntermediateSupervisionHead', num_classes=10, in_channels=CHANNELS)))
+
+
 def test_another_head_is_referred_to_the_plain_classifier():
     with pytest.raises(ValueError, match='got LinearClsHead: .*ImageClassifier'):
         build(head=dict(type='LinearClsHead', in_channels=32))

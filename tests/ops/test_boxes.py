@@ -22,3 +22,10 @@ def test_overlaps_are_those_of_sets_of_pixels(mode):
     # Without the offset a box ends at its far corner.
     second, first = second + torch.tensor([0, 0, 1, 1]), first + torch.tensor([0, 0, 1, 1])
     torch.testing.assert_close(mmcv.ops.bbox_overlaps(first, second, mode), expected)
+
+
+def test_areas_beyond_half_precision_are_computed_in_single():
+    boxes = torch.tensor([[0., 0, 300, 300], [0, 0, 300, 600]])  # of 90,000 and 180,000 pixels; float16 ends at 65,504
+    for dtype in (torch.float16, torch.bfloat16):
+        overlaps = mmcv.ops.bbox_overlaps(boxes.to(dtype), boxes.to(dtype))
+        assert overlaps.dtype == dtype and overlaps.tolist() == [[1, 0.5], [0.5, 1]]

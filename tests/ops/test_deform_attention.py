@@ -6,6 +6,8 @@ import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 
+from revcol_mm.ops import deform_attention
+
 SHAPES = torch.tensor([[5, 4], [3, 2], [1, 1]])
 STARTS = torch.tensor([0, 20, 26])
 
@@ -78,6 +80,15 @@ def test_under_autocast_output_and_gradients_have_the_type_of_their_inputs(dtype
     assert [tensor.dtype for tensor in (output, value.grad, places.grad, weights.grad)] == [dtype, dtype] + [torch.float32] * 2
     expected = by_loops(value.detach().double(), places.detach().to(dtype).double(), weights.detach().to(dtype).double())
     torch.testing.assert_close(output.detach().double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_places_in_bfloat16_raise_a_warning_once():
+    value, places, weights = (tensor.bfloat16() for tensor in make(dtype=torch.float32))
+    deform_attention._warn_of_bfloat16.cache_clear()
+    with pytest.warns(UserWarning, match='multiples of 1/256 of the image') as warned:
+        attend(value, places, weights)
+        attend(value, places, weights)
+    assert len(warned) == 1
 
 
 def test_no_queries_give_no_output():

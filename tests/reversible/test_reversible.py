@@ -5,6 +5,7 @@ import io
 import math
 import statistics
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,18 @@ class TestExact:
             columns[3].gammas[0].zero_()
         assert fetch_smallest_gammas(columns)() == pytest.approx([0.5, 0.25, MIN_GAMMA])
         assert fetch_smallest_gammas(columns[:1])() == []
+
+    def test_all_processes_of_a_sharded_network_ask_each_other(self, monkeypatch):
+        # One process may hold a whole γ of one dimension, which looks as if it were not sharded, and the others nothing of it.
+        asked = []
+        monkeypatch.setattr('torch.distributed.all_reduce', lambda values, op: asked.append(values))
+        for gamma in (torch.full((5, ), 0.25), torch.empty(0)):
+            column = SimpleNamespace(gammas=[gamma], gamma_shapes=[(5, )], _fsdp_wrapped_module=None)
+            fetch_smallest_gammas([column] * 3)
+        assert [values.tolist() for values in asked] == [[0.25] * 2, [math.inf] * 2]
+        with pytest.raises(NotImplementedError):  # values of the meta device cannot be read
+            fetch_smallest_gammas([column] * 3, torch.device('meta'))
+        assert asked[-1].device.type == 'meta'  # where the columns compute, though γ is on the CPU
 
     def test_a_pass_without_anchors_is_refused_and_the_same_pass_with_them_is_exact(self, monkeypatch):
         net = build(dict(NARROW, num_columns=32), 0.5, layer_scale=True, reversible=True)

@@ -5,6 +5,7 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch import Tensor
 
+from ..backbones.revcol import RevCol
 from ..heads.cls_heads import IntermediateSupervisionHead
 
 
@@ -33,7 +34,7 @@ class IntermediateSupervisionClassifier(ImageClassifier):
             raise ValueError('the head of an IntermediateSupervisionClassifier must be an IntermediateSupervisionHead, but got '
                              f'{type(self.head).__name__}: for any other head use ImageClassifier')
         columns = getattr(self.backbone, 'num_columns', None)
-        if columns is None or columns % 4:
+        if not isinstance(self.backbone, RevCol) or columns % 4:
             raise ValueError('intermediate supervision needs a RevCol whose number of columns is a multiple of 4, but got '
                              f'{type(self.backbone).__name__} with num_columns={columns}')
         if tuple(self.backbone.channels) != self.head.in_channels:
