@@ -1,5 +1,5 @@
 # Table 8, kernel 11. The paper pre-trains RevCol-T with this kernel size, and those weights are not public. The best
-# replacement is the public 3x3 weights, padded: python tools/pad_kernels.py checkpoints/revcol_tiny_1k.pth --size 11
+# replacement is the public 3x3 weights, which are padded while they are loaded.
 _base_ = 'cascade_rcnn_revcol_t_1x.py'
 
-model = dict(backbone=dict(kernel_size=11, init_cfg=dict(checkpoint='checkpoints/revcol_tiny_1k_k11.pth')))
+model = dict(backbone=dict(kernel_size=11, pad_pretrained=True))

@@ -37,12 +37,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     similarity = commands.add_parser('cka', help='similarity of every level and column to the images and the labels')
     growth = commands.add_parser('memory', help='memory of training against the number of columns')
     for command in (maps, similarity, growth):
-        command.add_argument('config', help='config of a detector, a segmentor or a classifier with a network of columns')
+        command.add_argument('config', help='config file, or the name of one of this package, with a network of columns')
     for command in (maps, similarity):
         command.add_argument('checkpoint', help=CHECKPOINT)
 
     maps.add_argument('images', nargs='+', metavar='IMAGE', help='files, folders (with all images below), or quoted globs')
-    maps.add_argument('--class', dest='label', metavar='N', help='name or number of the class; default: the predicted one')
+    maps.add_argument('--class', dest='label', metavar='CLASS', help='name or number of the class; default: the predicted one')
     maps.add_argument('--target', choices=['box', 'mask', 'pixel'], help='what is explained: box, the score of a detection; '
                       "mask, the mean logit of its mask; pixel, a segmentor's mean logit of the class. Default: box or pixel")
     maps.add_argument('--box', type=float, nargs=4, metavar=('X1', 'Y1', 'X2', 'Y2'),

@@ -17,7 +17,7 @@ from revcol_mm.utils.flops import count, default_shape  # noqa: E402
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Count the parameters and multiply-adds of a model, part by part')
-    parser.add_argument('config', help='a detector, a segmentor or a classifier')
+    parser.add_argument('config', help='config file, or the name of one of this package')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the image; default: '
                         '800 1280 for detection, 512 2048 or 640 2560 for segmentation, the test crop for classification')
     add_config_options(parser)

@@ -20,7 +20,7 @@ from revcol_mm.utils.planning import Plan, gib, parse_bytes  # noqa: E402
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Plan the memory of a training')
-    parser.add_argument('config', help='a detector, a segmentor or a classifier with a network of columns')
+    parser.add_argument('config', help='config file, or the name of one of this package, with a network of columns')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'), help='height and width of the training images after '
                         'padding; default: the largest scale of the config for detection, otherwise its crop')
     parser.add_argument('--batch', type=int, help='images per GPU; default: batch_size of the config')
