@@ -76,6 +76,7 @@ def prepare(net: nn.Module, mode: str, images: Tensor) -> Callable[[], object]:
                 if isinstance(module, (ConvNeXtBlock, LayerNorm2d, UpPath)):
                     module.register_forward_hook(lambda module, inputs, output: output.contiguous())
     if 'compiled' in words:
+        torch._dynamo.config.cache_size_limit = 64  # all RevCols share their code
         net = torch.compile(net)
     device = images.device.type
 

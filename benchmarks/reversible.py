@@ -248,9 +248,11 @@ def main():
         where = device if part in ('time', 'gpu') else cpu
         results.setdefault('measured_on', {})[part] = f'{where}, torch {torch.__version__}'
         path.write_text(json.dumps(results, indent=1) + '\n')
-    plot(results, stem.with_suffix('.png'))
-    print(json.dumps({key: results[key] for key in ('measured_on', 'slope_of_plain', 'time_of_plain')}, indent=1))
-    print(f'written: {stem}.json and .png')
+    if {'memory', 'gradient_error'} <= set(results):
+        plot(results, stem.with_suffix('.png'))
+    shown = [key for key in ('measured_on', 'slope_of_plain', 'time_of_plain') if key in results]
+    print(json.dumps({key: results[key] for key in shown}, indent=1))
+    print(f'written: {path}')
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import fnmatch
 from typing import Any, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, pad_on_load, read_checkpoint
@@ -55,7 +56,7 @@ def create_model(model_name: str, pretrained: bool = False, features_only: bool 
         in_chans (int): channels of the image. Pre-trained weights of the first convolution are summed (1 channel) or repeated
             and scaled (more), as timm does. Default: 3.
         **kwargs: arguments of :class:`~revcol_mm.models.RevCol`: ``drop_path_rate``, ``kernel_size``, ``reversible``, …;
-            without ``features_only`` also ``global_pool``.
+            without ``features_only`` also ``global_pool`` and ``drop_rate``.
 
     Raises:
         ValueError: if there is no such model, or if an argument has another value.
@@ -106,6 +107,7 @@ class RevColClassifier(nn.Module):
         in_chans (int): channels of the image. Default: 3.
         global_pool (str): 'avg', or '' for no pooling, which needs ``num_classes=0``: the output is (N, num_features, H/32,
             W/32). Default: 'avg'.
+        drop_rate (float): probability with which the Linear layer's inputs are dropped. Default: 0.
         **kwargs: further arguments of :class:`~revcol_mm.models.RevCol`.
 
     Attributes:
@@ -115,8 +117,9 @@ class RevColClassifier(nn.Module):
     """
 
     def __init__(self, arch: str | dict, num_classes: int = 1000, in_chans: int = 3, global_pool: str = 'avg',
-                 **kwargs) -> None:
+                 drop_rate: float = 0., **kwargs) -> None:
         super().__init__()
+        self.drop_rate = drop_rate
         self.backbone = RevCol(arch, in_channels=in_chans, **kwargs)
         self.num_features = self.head_hidden_size = self.backbone.channels[-1]
         self.feature_info = [
@@ -160,7 +163,23 @@ class RevColClassifier(nn.Module):
         """Returns the scores, (N, num_classes), or with ``pre_logits`` what the Linear layer reads, (N, num_features)."""
         if not self.global_pool:
             return x
-        return self.head['cls'].pool(x) if pre_logits else self.head['cls'](x)
+        x = self.head['cls'].pool(x)
+        return x if pre_logits else self.get_classifier()(F.dropout(x, self.drop_rate, self.training))
+
+    def group_matcher(self, coarse: bool = False):
+        """Returns the layer of a parameter, by its name, for timm's layer decay; ``coarse`` changes nothing."""
+        return lambda name: self.backbone.get_layer_depth(name, 'backbone.')[0]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each column's activations in the backward pass.
+
+        Raises:
+            ValueError: if the network trains reversibly, which needs less memory still.
+        """
+        if enable and self.backbone.reversible:
+            raise ValueError('set_grad_checkpointing must be left out if reversible=True, which stores less: build the model '
+                             'with reversible=False')
+        self.backbone.with_cp = enable
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -196,8 +215,12 @@ class RevColClassifier(nn.Module):
         """Removes the classifier, which these levels do not need, and returns the levels; the columns need all levels."""
         if prune_head:
             self.reset_classifier(0, '')
-            self.head.requires_grad_(False)  # its norm, which no level uses, and DistributedDataParallel would wait for
-        return take_levels(indices)
+            self.head.requires_grad_(False)  # its norm. DistributedDataParallel would wait for the gradients of what is unused
+        levels, last = take_levels(indices), self.backbone.columns[-1]
+        for level in range(1 + max(levels), len(REDUCTION)):  # of the last column, which no later one reads
+            last.levels[level].requires_grad_(False)
+            last.gammas[level].requires_grad_(False)
+        return levels
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """Loads a classifier of the authors' or of this package: of intermediate supervision, the last one.

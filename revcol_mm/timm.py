@@ -47,6 +47,8 @@ def _with_file(model: str, cfg: Any, overlay: dict[str, Any] | None) -> dict[str
 
 def _entry_point(model: str) -> Callable[..., RevColClassifier]:
     def build(pretrained: bool = False, **kwargs: Any) -> RevColClassifier:
+        if kwargs.get('feature_cls', 'getter') != 'getter':  # hooks on modules would see features before the shortcut
+            raise ValueError(f"feature_cls must be 'getter', timm's default for RevCol, but got {kwargs['feature_cls']!r}")
         if pretrained:
             kwargs['pretrained_cfg_overlay'] = _with_file(model, kwargs.get('pretrained_cfg'),
                                                           kwargs.get('pretrained_cfg_overlay'))

@@ -194,6 +194,40 @@ def test_timm_extracts_the_same_features(timm, released, images):
     assert theirs.feature_info.reduction() == ours.feature_info.reduction()
 
 
+def test_timms_layer_decay_is_that_of_the_paper(timm):
+    model = timm.create_model('revcol_tiny')
+    layers = {id(value): model.backbone.get_layer_depth(name, 'backbone.') for name, value in model.named_parameters()}
+    optimizer = timm.optim.create_optimizer_v2(model, 'adamw', lr=1., weight_decay=0.05, layer_decay=0.9)
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            layer, number = layers[id(parameter)]
+            assert group['lr_scale'] == pytest.approx(0.9**(number - 1 - layer))
+
+
+def test_timms_further_arguments(timm, images):
+    model = timm.create_model('revcol_tiny', drop_rate=0.5, num_classes=4).train()
+    one, other = (model.forward_head(torch.ones(1, model.num_features, 1, 1) * torch.arange(model.num_features)[:, None, None])
+                  for _ in range(2))
+    assert not torch.equal(one, other)
+    model.set_grad_checkpointing()
+    model(images).sum().backward()
+    checkpointed = model.backbone.stem[0].weight.grad
+    assert model.backbone.with_cp and checkpointed.abs().sum() > 0
+    with pytest.raises(ValueError, match='set_grad_checkpointing must be left out if reversible=True'):
+        timm.create_model('revcol_tiny', reversible=True).set_grad_checkpointing()
+    with pytest.raises(ValueError, match="feature_cls must be 'getter', .* but got 'hook'"):
+        timm.create_model('revcol_tiny', features_only=True, feature_cls='hook')
+
+
+@pytest.mark.parametrize('reversible', [False, True])
+def test_every_trained_weight_of_features_has_a_gradient(released, images, reversible):
+    """DistributedDataParallel waits for the gradients of all."""
+    for indices in ((0, 1), (3, )):
+        net = revcol_mm.create_model('revcol_tiny', features_only=True, out_indices=indices, reversible=reversible).train()
+        sum(feature.sum() for feature in net(images)).backward()
+        assert not [name for name, value in net.named_parameters() if value.requires_grad and value.grad is None]
+
+
 def test_timm_knows_how_images_are_prepared(timm, released):
     config = timm.data.resolve_data_config(model=timm.create_model('revcol_tiny'))
     said = pretrained_cfg('revcol_tiny')

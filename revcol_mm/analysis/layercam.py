@@ -194,8 +194,11 @@ def _differentiable_soft_nms() -> Iterator[None]:
 
 
 def _mask_heads(model: nn.Module) -> list[nn.Module]:
-    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-    return [module for module in model.modules() if isinstance(module, FCNMaskHead)]
+    from mmdet.models.roi_heads import HybridTaskCascadeRoIHead
+    from mmdet.models.roi_heads.mask_heads import DynamicMaskHead, FCNMaskHead
+    heads = [module for module in model.modules() if isinstance(module, FCNMaskHead)
+             and not isinstance(module, DynamicMaskHead)]  # whose masks are of proposals, not of detections
+    return heads[-1:] if isinstance(getattr(model, 'roi_head', None), HybridTaskCascadeRoIHead) else heads
 
 
 def _check_label(label: int, number: int) -> int:

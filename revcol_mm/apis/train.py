@@ -40,8 +40,8 @@ def parse_train_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--check-data', action='store_true',
                         help='open every image and label map before the training, and list those that are broken')
     parser.add_argument('--dry-run', action='store_true',
-                        help='do all checks, build the optimizer, load the weights and a batch for training and validation, and '
-                             'end; with --data, draw training samples, too')
+                        help='do all checks, build the optimizer, load the weights and a batch for training and one for '
+                             'validation, and end; with --data, draw training samples, too')
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -96,7 +96,8 @@ def _run(cfg: Config, args: argparse.Namespace, kept: Config | None) -> None:
                     pictures = draw_samples(runner, osp.join(own_data_folder(cfg), 'samples'))
                     print(f'{len(pictures)} training samples are drawn in {osp.dirname(pictures[0])}')
                 rehearse(runner)
-                print('All checks have passed, and one batch for training and one for validation were loaded. Nothing was trained (--dry-run).')
+                print('All checks have passed, and one batch for training and one for validation were loaded. Nothing was '
+                      'trained (--dry-run).')
                 return
             runner.train()
     except ValueError as error:

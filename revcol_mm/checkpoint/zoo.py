@@ -87,7 +87,7 @@ def find_address(checkpoint: str, config: str | None = None) -> str:
         nearest = find_nearest(index[name])
         raise CheckpointError(f'{name} has no public weights. '
                               + (f'The nearest config with some (the closest size of the backbone, then the same head, task '
-                                 f'and data) is {nearest.name}: give that config, with the checkpoint zoo:{nearest.name}' if nearest else
+                                 f'and data) is {nearest.name}: give that config, and zoo:{nearest.name}' if nearest else
                                  'There are none of its kind of backbone, which has to be trained'))
     return index[name].url
 

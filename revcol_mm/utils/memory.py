@@ -134,7 +134,7 @@ def without_memory(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         nn.Module: the copy.
     """
-    def initial_gammas(columns):
+    def initial_gammas(columns, device=None):
         return lambda: [INITIAL_GAMMA] * (len(columns) - 1)
 
     # If the first backward pass of a process is one without memory, autograd forbids every later one in a forked process.

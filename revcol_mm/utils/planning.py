@@ -221,6 +221,7 @@ class Plan:
         model, config = copy.deepcopy(self.model), copy.deepcopy(self.cfg.optim_wrapper)
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             config.pop(key, None)
+        config.optimizer.pop('fused', None)  # which needs values; the state is the same without
         config.type = 'OptimWrapper'
         with DefaultScope.overwrite_default_scope(self.cfg.get('default_scope')):
             optimizer = build_optim_wrapper(model, config).optimizer
@@ -247,10 +248,13 @@ class Plan:
     def heads(self) -> StepBytes:
         """Bytes of what comes behind backbone and neck: an estimate; see :func:`count_heads`."""
         try:
-            return count_heads(self.cfg, self._features, self.shape, self.batch, self.autocast)
+            return self._count_heads(self.batch)
         except (AssertionError, IndexError, RuntimeError):
             _check_widths(self.cfg, self.backbone)
             raise
+
+    def _count_heads(self, batch: int) -> StepBytes:
+        return count_heads(self.cfg, self._features, self.shape, batch, self.autocast)
 
     @property
     def trained_columns(self) -> int:
@@ -282,15 +286,15 @@ class Plan:
         if self.cfg.model.backbone.get('with_cp'):  # what the config sets stays set unless an option replaces it
             options = {**options, 'with_cp': stored is None}
         step = self._count(self.shape, batch)
-        heads = [size * batch // self.batch for size in (self.heads.peak, self.heads.peak_with_gradients)]
+        heads = self.heads if batch == self.batch else self._count_heads(batch)
         fixed = sum(size for part, size in self.fixed.items() if part != 'gradients')
         gradients = self.fixed['gradients']
         behind = _size(parameter for name, parameter in self.model.named_parameters()
                        if parameter.requires_grad and name.partition('.')[0] not in BODY)
         if self.sharded:
-            largest = gradients + max(step.kept + heads[0], step.peak)
+            largest = gradients + max(step.kept + heads.peak, step.peak)
         else:  # at the heads' largest moment, when that of the backbone comes, and when the optimizer steps
-            largest = max(step.kept + heads[1], step.peak_with_gradients + behind, gradients)
+            largest = max(step.kept + heads.peak_with_gradients, step.peak_with_gradients + behind, gradients)
         return Way(name, options, step.kept, step.peak, fixed + largest, 1 + rebuilt / self.backbone.num_columns / 3)
 
     def fit(self, budget: int) -> Way:
@@ -364,8 +368,9 @@ def count_heads(cfg: Config, features: Callable, shape: Sequence[int], batch: in
                 autocast: torch.dtype | None = None) -> StepBytes:
     """Estimates the bytes of all that comes behind backbone and neck: the heads, their losses, and what these keep.
 
-    It trains a step on the CPU on images of about :data:`HEAD_AREAS` pixels, with :data:`BOXES` random boxes each, and follows
-    the straight line through the two results to the area of ``shape``. Small images are not scaled.
+    It trains a step on the CPU on :data:`HEAD_IMAGES` images of about :data:`HEAD_AREAS` pixels, with :data:`BOXES` random
+    boxes each, and follows the straight line through the two results to the area of ``shape``. Small images are not scaled. A
+    step of twice as many images tells what does not grow with them: gradients and half-precision copies of the heads' weights.
 
     Args:
         cfg (Config): the config.
@@ -381,13 +386,17 @@ def count_heads(cfg: Config, features: Callable, shape: Sequence[int], batch: in
     shapes = [shape] if area <= HEAD_AREAS[-1] else [_similar(shape, size) for size in HEAD_AREAS]
     model = _build_heads(cfg)
     steps = [_count_heads(model, size, features(size, HEAD_IMAGES), autocast) for size in shapes]
+    more = _count_heads(model, shapes[0], features(shapes[0], 2 * HEAD_IMAGES), autocast) if batch != HEAD_IMAGES else None
     areas = [math.prod(size) for size in shapes]
 
-    def at_area(values: Sequence[int]) -> int:
+    def estimate(name: str) -> int:
+        values = [getattr(step, name) for step in steps]
         slope = (values[-1] - values[0]) / (areas[-1] - areas[0]) if len(areas) > 1 else 0
-        return int((values[-1] + max(slope, 0) * (area - areas[-1])) * batch / HEAD_IMAGES)
+        whole = values[-1] + max(slope, 0) * (area - areas[-1])
+        constant = max(2 * values[0] - getattr(more, name), 0) if more else 0
+        return int(constant + (whole - constant) * batch / HEAD_IMAGES)
 
-    return StepBytes(*(at_area([getattr(step, name) for step in steps]) for name in ('kept', 'peak', 'peak_with_gradients')))
+    return StepBytes(*map(estimate, ('kept', 'peak', 'peak_with_gradients')))
 
 
 def _similar(shape: Sequence[int], area: int) -> tuple[int, int]:
@@ -431,7 +440,7 @@ class _NoArithmetic(TorchDispatchMode):
 def _count_heads(model: nn.Module, shape: Sequence[int], sizes: Sequence[torch.Size],
                  autocast: torch.dtype | None) -> StepBytes:
     torch.manual_seed(0)
-    images, samples = _made_up(model, shape)
+    images, samples = _made_up(model, shape, sizes[0][0])
     features = [torch.randn(size).requires_grad_() for size in sizes]
 
     def forward(images: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -442,7 +451,7 @@ def _count_heads(model: nn.Module, shape: Sequence[int], sizes: Sequence[torch.S
         return count_step(model, images, features, forward=forward, autocast=autocast)
 
 
-def _made_up(model: nn.Module, shape: Sequence[int]) -> tuple[Tensor, list]:
+def _made_up(model: nn.Module, shape: Sequence[int], number: int = HEAD_IMAGES) -> tuple[Tensor, list]:
     """Images of noise, and boxes, masks or labels, whichever the model learns from."""
     package = next(kind.__module__.partition('.')[0] for kind in type(model).__mro__
                    if kind.__module__.partition('.')[0] in ('mmdet', 'mmseg', 'mmpretrain'))
@@ -451,7 +460,7 @@ def _made_up(model: nn.Module, shape: Sequence[int]) -> tuple[Tensor, list]:
         from mmdet.testing import demo_mm_inputs
         heads = [module for module in model.modules() if 'Mask' in type(module).__name__]
         semantic = getattr(getattr(model, 'roi_head', None), 'with_semantic', False)  # HTC, at stride 8
-        data = demo_mm_inputs(HEAD_IMAGES, (3, *shape), [BOXES] * HEAD_IMAGES, num_classes=2, sem_seg_output_strides=8,
+        data = demo_mm_inputs(number, (3, *shape), [BOXES] * number, num_classes=2, sem_seg_output_strides=8,
                               with_mask=bool(heads), with_semantic=semantic)
         data = model.data_preprocessor(data, training=True)
         for sample in data['data_samples']:
@@ -460,7 +469,7 @@ def _made_up(model: nn.Module, shape: Sequence[int]) -> tuple[Tensor, list]:
             if heads:
                 boxes.masks = BitmapMasks(boxes.masks.masks.astype('uint8'), *shape)  # the dtype of those of a data set
         return data['inputs'], data['data_samples']
-    images = torch.randn(HEAD_IMAGES, 3, *shape)
+    images = torch.randn(number, 3, *shape)
     if package == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample

@@ -64,6 +64,14 @@ def test_biases_norms_and_gamma_are_not_decayed():
         assert group['weight_decay'] == (0 if free else 0.05), name
 
 
+def test_biases_and_norms_are_not_decayed_where_the_optimizer_chooses_the_decay():
+    wrapper = build_optim_wrapper(Detector(), ConfigDict(
+        type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.1), constructor='LayerDecayOptimWrapperConstructor'))
+    decays = {group['group_name'].rpartition('layer_')[2].partition('_')[2]: group['weight_decay']
+              for group in wrapper.optimizer.param_groups}
+    assert decays == dict(decay=0.01, no_decay=0)  # torch's default
+
+
 def test_decay_gamma_decays_the_shortcuts_gamma_and_nothing_else_in_addition():
     without, with_gamma = (parameter_groups(build_optimizer(Detector(), **options)) for options in ({}, dict(decay_gamma=True)))
     changed = {name for name in without if without[name]['weight_decay'] != with_gamma[name]['weight_decay']}

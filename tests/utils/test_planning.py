@@ -81,6 +81,15 @@ class TestAgainstARealStep:
         # Heads of an eighth of the width keep so little that the largest moment is the matching of 128 boxes.
         assert estimate.peak == pytest.approx(measured.peak, rel=0.2)
 
+    def test_what_does_not_grow_with_the_batch_counts_once(self):
+        cfg, shape = config('revcol_t_in1k'), (64, 64)
+        whole = Plan(cfg, shape, 8)
+        measured = planning._count_heads(planning._build_heads(cfg), shape, whole._features(shape, 8), whole.autocast)
+        for name in ('kept', 'peak', 'peak_with_gradients'):
+            assert getattr(whole.heads, name) == pytest.approx(getattr(measured, name), rel=0.02), name
+        half = Plan(cfg, shape, 2).heads
+        assert whole.heads.peak_with_gradients < 3.5 * half.peak_with_gradients  # four times as many images
+
     @pytest.mark.slow
     @pytest.mark.parametrize('name', [
         'cascade_rcnn_revcol_t', 'dino_revcol_b_in22k', 'upernet_revcol_t', 'mask2former_revcol_t', 'revcol_t_in1k',
@@ -101,6 +110,8 @@ class TestWhatLivesThroughout:
         sgd = Plan(changed(optim_wrapper=dict(_delete_=True, type='OptimWrapper', optimizer=dict(
             type='SGD', lr=0.1, momentum=0.9))), SHAPE, 2)
         assert sgd.fixed['optimizer state (SGD)'] == trained
+        fused = Plan(changed(optim_wrapper__optimizer__fused=True), SHAPE, 2)
+        assert fused.fixed['optimizer state (AdamW)'] == 2 * trained and fused.cfg.optim_wrapper.optimizer.fused
 
     def test_an_ema_copy_counts(self, size_of_parameters):
         assert 'EMA copy' not in plan().fixed

@@ -68,6 +68,10 @@ class ExactResumeHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         self.loaded = checkpoint.get('exact_resume') or {}
         self.missing = {'optimizer', 'param_schedulers'} - set(checkpoint)
+        states = (checkpoint.get('optimizer') or {}).get('state') or {}
+        for state in states.values():
+            if 'step' in state:  # mmengine loads onto the GPU, from where the optimizer would fetch each count in each step
+                state['step'] = torch.as_tensor(state['step']).cpu()
 
     def before_train(self, runner) -> None:
         if sum(isinstance(hook, ExactResumeHook) for hook in runner.hooks) > 1:
@@ -81,9 +85,13 @@ class ExactResumeHook(Hook):
             return
         if not resumed:  # the checkpoint gave the weights to start from
             self.loaded = {}
-        if type(getattr(loader.batch_sampler, 'sampler', None)).__name__ == 'GroupMultiSourceSampler':
-            runner.logger.warning('this run cannot be resumed exactly: GroupMultiSourceSampler draws the groups of its images '
-                                  "from numpy's generator, batch by batch")
+        sampler = type(getattr(loader.batch_sampler, 'sampler', None)).__name__
+        if sampler in ('GroupMultiSourceSampler', 'CustomSampleSizeSampler'):
+            runner.logger.warning(f'this run cannot be resumed exactly, because a {sampler} does not begin anew in each pass')
+        if resumed and get_world_size() > 2 and getattr(runner.model, 'find_unused_parameters', True) is False:
+            runner.logger.warning('resuming is not exact to the last bit: DistributedDataParallel adds up the first gradients '
+                                  'of a run in another order. With find_unused_parameters=True from the beginning of the run '
+                                  'it does not')
         place = self._find_place(runner, loader) if resumed else {}
         if resumed and 'optimizer' in self.missing:
             runner.logger.warning('resuming is not exact: the checkpoint holds no optimizer state, as files of the best '

@@ -106,7 +106,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 label = f'{label}_{key}'
             group = groups.setdefault((layer, label), dict(
                 params=[], param_names=[], group_name=f'layer_{layer}_{label}', lr_scale=scale, lr=scale * self.base_lr))
-            if self.base_wd is not None:
+            if self.base_wd is not None or not decays:
                 group['weight_decay'] = weight_decay
             group['params'].append(param)
             group['param_names'].append(name)
