@@ -25,7 +25,8 @@ class SampleError(LaunchError):
 class NamingPipeline(Compose):
     """A data set's pipeline, whose exceptions become a :class:`SampleError` that names the file.
 
-    It also looks at the label map of every sample: a value that is no class would end in an IndexError of a loss.
+    It also compares the size of every image with that of its annotation file, and looks at the label map of every sample: a
+    value that is no class would end in an IndexError of a loss.
 
     Args:
         dataset (BaseDataset): the data set, whose pipeline is a plain Compose.
@@ -38,6 +39,7 @@ class NamingPipeline(Compose):
 
     def __call__(self, data: dict) -> dict | None:
         path, seg_map = data.get('img_path'), data.get('seg_map_path')
+        said = {key: data[key] for key in ('width', 'height') if key in data}
         try:
             sample = super().__call__(data)
         except SampleError:
@@ -50,6 +52,10 @@ class NamingPipeline(Compose):
                 if reason:
                     raise SampleError(f'{file} cannot be used: {reason}') from error
             raise SampleError(f'{path} cannot be used: {type(error).__name__}: {_first_line(error)}') from error
+        size = _loaded_size(sample)
+        reason = size and why_other_size(size, said)
+        if reason:
+            raise SampleError(f'{path} cannot be used: {reason}')
         if self.num_classes:
             self._check_labels(sample, seg_map)
         return sample
@@ -67,6 +73,16 @@ class NamingPipeline(Compose):
         if len(wrong):
             raise SampleError(f'{path} cannot be used: its label {torch.max(wrong).item()} is none of the {self.num_classes} '
                               'classes, which are numbered from 0')
+
+
+def _loaded_size(sample: Any) -> tuple[int, int] | None:
+    """Width and height of the image that a sample was made of; None if it does not tell."""
+    if not isinstance(sample, dict):
+        return None
+    packed = sample.get('data_samples', sample)
+    packed = packed[0] if isinstance(packed, (list, tuple)) and packed else packed  # of test-time augmentation
+    shape = packed.get('ori_shape') if hasattr(packed, 'get') else None
+    return None if shape is None else (shape[1], shape[0])
 
 
 def _first_line(error: Exception) -> str:

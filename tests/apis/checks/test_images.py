@@ -3,6 +3,7 @@
 
 import pytest
 from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets.transforms import PackDetInputs
 from mmengine.dataset import Compose
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
@@ -52,6 +53,20 @@ def test_an_image_of_another_size_than_the_annotation_file_says_is_refused(check
     dataset = coco_set(write_coco(tmp_path, change=lambda content: content['images'][1].update(width=40, height=50)))
     with pytest.raises(LaunchError, match='1.png: the image is 50×40, but its annotation file says 40×50'):
         checks.check(loaders(train=dataset), model_of(2), {})
+
+
+@pytest.mark.parametrize('packing', [[], [PackDetInputs()], [
+    dict(type='TestTimeAug', transforms=[[dict(type='Resize', scale=(20, 20))], [PackDetInputs()]])]])
+def test_an_image_of_another_size_that_was_not_opened_is_named_when_it_is_met(checks, tmp_path, packing):
+    def turn(content):  # as if it was annotated before it was turned
+        content['images'][1].update(width=40, height=50)
+
+    dataset = coco_set(write_coco(tmp_path, objects=('disc', 'square') * 20, change=turn),
+                       pipeline=[LoadImageFromFile(), *packing])
+    checks.check(loaders(train=dataset), model_of(2), {})
+    dataset[0]
+    with pytest.raises(SampleError, match='train/1.png cannot be used: the image is 50×40, but its annotation file says 40×50'):
+        dataset[1]
 
 
 @pytest.mark.parametrize('color_type, width, height', [('color', 40, 50), ('unchanged', 50, 40)])
