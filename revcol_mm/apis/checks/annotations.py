@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and invalid boxes."""
+"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and invalid boxes and polygons."""
 import math
 from itertools import chain
 from operator import itemgetter
@@ -15,7 +15,10 @@ KEYS = dict(categories=('id', 'name'), images=('id', 'file_name', 'height', 'wid
 
 
 def check_annotations(content: Mapping[str, list], path: str, index: Any = None) -> None:
-    """Checks the entries of a file, adds a missing ``iscrowd`` of 0, and numbers annotations anew where their ids are no use.
+    """Checks the entries of a file, and puts right in memory what has one correction.
+
+    It adds a missing ``iscrowd`` of 0, leaves out parts of masks that are no polygons, and numbers annotations anew where their
+    ids are no use.
 
     Args:
         content (Mapping[str, list]): the parsed file, with ``images``, ``annotations`` and ``categories``.
@@ -35,6 +38,7 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
         raise LaunchError(f'every image in {path} must have an id of its own, but {len(images)} images have {len(ids)} ids: '
                           'number them anew, and their annotations with them')
     _check_boxes(annotations, columns['annotations']['bbox'], path)
+    _leave_out_parts(annotations, path)
     crowdless = [annotation for annotation in annotations if 'iscrowd' not in annotation]
     for annotation in crowdless:
         annotation['iscrowd'] = 0
@@ -98,3 +102,26 @@ def _is_box(box) -> bool:
         return math.isfinite(x + y + width + height)
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def _leave_out_parts(annotations: list[dict], path: str) -> None:
+    """mmdet's training leaves out polygons with too few points; pycocotools fails on them, or reads a box."""
+    masks = [mask for annotation in annotations if isinstance(mask := annotation.get('segmentation'), list)]
+    parts = list(chain.from_iterable(masks))
+    if (set(map(type, parts)) <= {list} and all(length >= 6 and length % 2 == 0 for length in set(map(len, parts)))
+            and set(map(type, map(itemgetter(0), parts))) <= {int, float}):
+        return
+    changed = []
+    for annotation in annotations:
+        mask = annotation.get('segmentation')
+        if isinstance(mask, list) and not all(map(_is_polygon, mask)):
+            annotation['segmentation'] = list(filter(_is_polygon, mask))
+            changed.append(annotation)
+    empty = [annotation['id'] for annotation in changed if not annotation['segmentation']]
+    say(f'{path}: {len(changed)} of {len(annotations)} annotations (id {first_names([one["id"] for one in changed])}) have '
+        'parts of a segmentation that are no polygons of at least three points, [[x1, y1, x2, y2, x3, y3, …]]: these parts are '
+        'left out' + (f', and {len(empty)} annotations have no other (id {first_names(empty)})' if empty else ''))
+
+
+def _is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and type(part[0]) in (int, float)

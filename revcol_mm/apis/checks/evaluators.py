@@ -79,6 +79,6 @@ def _check_coco(metric: Any, datasets: Sequence[Any], records: Sequence[Record],
     if 'segm' in metric.metrics:
         maskless = [index for index, annotation in coco.anns.items() if not annotation.get('segmentation')]
         if maskless:
-            raise LaunchError(f'every annotation of {name}_evaluator.ann_file must have a segmentation, because its metric is '
-                              f'segm, but {len(maskless)} of {len(coco.anns)} have none (id {first_names(maskless)}): add '
-                              f"them, or set {name}_evaluator.metric='bbox'")
+            raise LaunchError(f'every annotation of {name}_evaluator.ann_file must have a segmentation that can be used, '
+                              f'because its metric is segm, but {len(maskless)} of {len(coco.anns)} have none (id '
+                              f"{first_names(maskless)}): add them, or set {name}_evaluator.metric='bbox'")

@@ -182,10 +182,11 @@ class DataChecks:
             _warn_of_far_corners(boxes, counts, infos, path or name_of(dataset))
         if any(getattr(step, 'with_mask', False) and 'Panoptic' not in type(step).__name__
                for step in steps_of(dataset.pipeline)):
-            maskless = sum('mask' not in instance for instance in instances)
+            maskless = [info['img_id'] for info in infos for instance in info['instances'] if 'mask' not in instance]
             if maskless:
-                raise LaunchError(f'every annotation in {path or name_of(dataset)} must have a segmentation, because the '
-                                  f'pipeline loads masks (with_mask=True), but {maskless} of {len(instances)} have none: add '
+                raise LaunchError(f'every annotation in {path or name_of(dataset)} must have a segmentation that can be used, '
+                                  f'because the pipeline loads masks (with_mask=True), but {len(maskless)} of '
+                                  f'{len(instances)} have none (image id {first_names(list(dict.fromkeys(maskless)))}): add '
                                   'them, or train a detector of boxes')
         if not counted:
             reason = ('its file has no annotations' if self.annotated.get(path) == 0 else f'{record.ignored} annotations are '

@@ -96,6 +96,43 @@ def test_an_evaluator_of_masks_needs_masks(checks, tmp_path):
         checks.check(loaders(val=val), model_of(2), dict(val=Evaluator([metric])))
 
 
+NO_MASKS = ([[1, 2]], [[]], [[1, 1, 9, 9]], [1, 1, 9, 1, 9, 9], [[1, 1, 9, 1, 9, 9, 1]], [[[1, 1], [9, 1], [9, 9]]])
+
+
+@pytest.mark.parametrize('mask', NO_MASKS)
+def test_a_mask_without_a_polygon_of_three_points_is_none(checks, tmp_path, mask):
+    """mmdet's training would leave its object out in silence, and pycocotools' evaluation fail without a name."""
+    path = write_coco(tmp_path, change=lambda content: content['annotations'][1].update(segmentation=mask))
+    with pytest.raises(LaunchError, match=r'train.json must have a segmentation.* but 1 of 2 have none \(image id 1\)'):
+        coco_set(path, pipeline=[LoadAnnotations(with_bbox=True, with_mask=True)])
+    checks.watch()
+    val, metric = coco_set(path), CocoMetric(str(path), metric=['bbox', 'segm'])
+    with pytest.raises(LaunchError, match=r'must have a segmentation.* but 1 of 2 have none \(id 2\): add them'):
+        checks.check(loaders(val=val), model_of(2), dict(val=Evaluator([metric])))
+
+
+@pytest.mark.parametrize('part', [part for mask in NO_MASKS for part in mask[:1]])
+def test_parts_of_a_mask_that_are_no_polygons_are_left_out_in_training_and_evaluation(checks, tmp_path, said, part):
+    def spoil(content):
+        content['annotations'][1]['segmentation'].insert(0, part)
+
+    path = write_coco(tmp_path, change=spoil)
+    dataset = coco_set(path, pipeline=[LoadAnnotations(with_bbox=True, with_mask=True)])
+    assert dataset.get_data_info(1)['instances'][0]['mask'] == BOX['segmentation']
+    coco = CocoMetric(str(path), metric='segm')._coco_api
+    assert coco.annToMask(coco.anns[2]).sum() == 64
+    assert any('train.json: 1 of 2 annotations (id 2) have parts' in line and line.endswith('are left out') for line in said)
+
+
+def test_masks_of_any_valid_kind_are_left_alone(checks, tmp_path, said):
+    masks = [[BOX['segmentation'][0], [1.5, 1, 9, 1, 9, 9]], dict(counts=[0, 10, 1990], size=[40, 50])]
+    path = write_coco(tmp_path, change=lambda content: [one.update(segmentation=mask) for one, mask in zip(
+        content['annotations'], masks)])
+    dataset = coco_set(path, pipeline=[LoadAnnotations(with_bbox=True, with_mask=True)])
+    assert [dataset.get_data_info(index)['instances'][0]['mask'] for index in range(2)] == masks
+    assert not any('segmentation' in line for line in said)
+
+
 @pytest.mark.parametrize('ids, reason', [((0, 1), 'one with the id 0'), ((7, 7), 'only 1 different ids')])
 def test_annotations_with_unusable_ids_are_numbered_anew(checks, tmp_path, said, ids, reason):
     """With the id 0, COCOeval takes a perfect detection for a false one; of two with one id, mmdet reads one twice."""
