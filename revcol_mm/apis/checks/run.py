@@ -58,7 +58,8 @@ class DataChecks:
         self.records: WeakKeyDictionary[BaseDataset, Record] = WeakKeyDictionary()
         self.categories: dict[str, list[dict]] = {}
         self.latest = ''  # the file that was read last
-        self.annotated: dict[str, int] = {}
+        self.annotated: dict[str, int] = {}  # numbers of annotations and of images in the files
+        self.pictured: dict[str, int] = {}
         self._stack = contextlib.ExitStack()
 
     # While the data sets are built ---------------------------------------------------------------------------------------
@@ -130,6 +131,7 @@ class DataChecks:
             check_annotations(coco.dataset, annotation_file, coco)
             self.categories[path] = coco.dataset.get('categories', [])
             self.annotated[path] = len(coco.dataset.get('annotations', []))
+            self.pictured[path] = len(coco.imgs)
 
     def inspect(self, dataset: BaseDataset) -> None:
         """Checks a data set's list of images before it is packed, and relabels it where its classes have another order.
@@ -142,7 +144,8 @@ class DataChecks:
         path = osp.abspath(dataset.ann_file) if dataset.ann_file else ''
         if hasattr(dataset, 'cat_ids') and path not in self.categories and self.latest in self.categories:
             # A remote file was read from a local copy.
-            self.categories[path], self.annotated[path] = self.categories[self.latest], self.annotated[self.latest]
+            for known in (self.categories, self.annotated, self.pictured):
+                known[path] = known[self.latest]
         self.latest = ''
         self.order.settle(dataset, path, self.categories.get(path) if hasattr(dataset, 'cat_ids') else None)
         first = next(iter(dataset.data_list), None)
@@ -156,6 +159,8 @@ class DataChecks:
             raise LaunchError(f'metainfo.palette of {name_of(dataset)} must have a color for each of the {len(classes)} '
                               f'classes, but has {len(palette)}: add colors, or leave palette out')
         record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
+        if hasattr(dataset, 'cat_ids') and dataset._indices is None:
+            _say_of_filter(dataset, self.pictured.get(path, record.images))
         if 'instances' in first:
             self._count_instances(dataset, record, path)
         elif 'gt_label' in first:
@@ -272,6 +277,16 @@ class DataChecks:
         if labels and labels.seen and not broken:
             labels.check()
         return broken
+
+
+def _say_of_filter(dataset: BaseDataset, images: int) -> None:
+    """mmdet leaves images out of a training without a word."""
+    left_out, settings = images - len(dataset.data_list), dataset.filter_cfg or {}
+    reasons = ['without objects of its classes'] * bool(settings.get('filter_empty_gt'))
+    reasons += [f'with a side below {settings.get("min_size")} pixels'] * bool(settings.get('min_size'))
+    if left_out > 0 and reasons and not dataset.test_mode:
+        say(f'{name_of(dataset)}: {left_out} of {images} images are left out of the training (filter_cfg: those '
+            f'{", or ".join(reasons)})')
 
 
 def _warn_of_far_corners(boxes: np.ndarray, counts: Sequence[int], infos: Sequence[dict], name: str) -> None:

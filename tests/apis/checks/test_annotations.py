@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Entries of annotation files, and objects that are left."""
 import contextlib
+import re
 import shutil
 
 import pytest
@@ -25,6 +26,25 @@ def test_a_training_set_of_crowds_is_refused(checks, tmp_path):
 def test_a_training_set_without_an_image_left_is_refused(checks, tmp_path):
     with pytest.raises(LaunchError, match='must have at least one image, but none is left'):
         coco_set(write_coco(tmp_path), filter_cfg=dict(filter_empty_gt=True, min_size=1000))
+
+
+@pytest.mark.parametrize('filter_cfg, reasons', [
+    (dict(filter_empty_gt=True, min_size=32), '2 of 4 .* those without objects of its classes, or with a side below 32 pixels'),
+    (dict(filter_empty_gt=True), '1 of 4 .* those without objects of its classes'),
+    (dict(min_size=32), '1 of 4 .* those with a side below 32 pixels')])
+def test_images_that_mmdet_leaves_out_are_counted(checks, tmp_path, said, filter_cfg, reasons):
+    def change(content):
+        content['images'][1].update(width=31)
+        del content['annotations'][2]
+
+    path = write_coco(tmp_path, objects=('disc', 'square', 'square', 'square'), change=change)
+    coco_set(path, filter_cfg=filter_cfg, test_mode=True)
+    coco_set(path)
+    assert not any('left out' in line for line in said)
+    dataset = coco_set(path, filter_cfg=filter_cfg)
+    line, = (line for line in said if 'left out' in line)
+    assert re.search(rf'train.json: {reasons}\)$'.replace('.*', r'images are left out of the training \(filter_cfg:'), line)
+    assert len(dataset) == 4 - int(reasons[0])
 
 
 def test_a_class_without_objects_is_a_warning_with_the_number(checks, tmp_path, said):
