@@ -31,7 +31,7 @@ from .common import leaves, name_of, say, steps_of, warn
 from .evaluators import check_evaluator
 from .files import no_annotations
 from .images import NamingPipeline, reads_local_images, size_of, turns_images, why_broken, why_other_shape, why_other_size
-from .label_maps import LabelMaps
+from .label_maps import LabelMaps, check_number_of_classes
 from .model import check_heads, check_semantic_maps, check_sliding_window
 from .report import Record, spread, table
 
@@ -158,6 +158,8 @@ class DataChecks:
         if classes and isinstance(palette, (list, tuple)) and 0 < len(palette) < len(classes):
             raise LaunchError(f'metainfo.palette of {name_of(dataset)} must have a color for each of the {len(classes)} '
                               f'classes, but has {len(palette)}: add colors, or leave palette out')
+        if hasattr(dataset, 'label_map'):
+            check_number_of_classes(dataset)
         record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
         if hasattr(dataset, 'cat_ids') and dataset._indices is None:
             _say_of_filter(dataset, self.pictured.get(path, record.images))

@@ -88,6 +88,22 @@ def test_all_maps_are_looked_at_with_check_all(tmp_path):
         check_maps(checks, dataset)
 
 
+@pytest.mark.parametrize('limit, settings', [(255, {}), (256, dict(ignore_index=300)), (254, dict(reduce_zero_label=True))])
+def test_more_classes_than_8_bits_tell_apart_are_refused_where_mmseg_loads_the_maps(tmp_path, limit, settings):
+    def build(folder: str, count: int, pipeline: list) -> BaseSegDataset:
+        values = [limit - 1 + ('reduce_zero_label' in settings)] * 2
+        with DataChecks().watching():
+            return BaseSegDataset(**write_maps(tmp_path / folder, values), **settings, pipeline=pipeline,
+                                  metainfo=dict(classes=[str(index) for index in range(count)]))
+
+    steps = [LoadImageFromFile(), LoadAnnotations(), PackSegInputs()]
+    sample = build('most', limit, steps)[0]['data_samples']
+    assert sample.gt_sem_seg.data.unique().tolist() == [limit - 1]  # the last class as such
+    with pytest.raises(LaunchError, match=f'must have at most {limit} classes, because mmseg .* but it has {limit + 1}: '):
+        build('more', limit + 1, steps)
+    build('other', limit + 1, [LoadImageFromFile()])
+
+
 def test_maps_without_names_for_their_values_are_refused(checks, tmp_path):
     with pytest.raises(LaunchError, match=r'must have names for the values of its label maps.*metainfo=dict\(classes='):
         BaseSegDataset(**write_maps(tmp_path, [0, 1]))
