@@ -37,6 +37,11 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
     if len(ids) < len(images):
         raise LaunchError(f'every image in {path} must have an id of its own, but {len(images)} images have {len(ids)} ids: '
                           'number them anew, and their annotations with them')
+    for part, values in (('images', ids), ('categories', set(columns['categories']['id']))):
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) not in (0, len(values)):  # COCOeval sorts them together, as texts
+            raise LaunchError(f'the ids of all {part} in {path} must be numbers, or all texts, but {len(texts)} of '
+                              f'{len(values)} are texts ({first_names(texts)}): write numbers, in the annotations, too')
     _check_boxes(annotations, columns['annotations']['bbox'], path)
     _leave_out_parts(annotations, path)
     crowdless = [annotation for annotation in annotations if 'iscrowd' not in annotation]
@@ -46,9 +51,12 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
         say(f'{path}: {len(crowdless)} of {len(annotations)} annotations have no iscrowd, which is taken as 0')
     if index is None:
         return
-    if len(index.anns) < len(annotations) or 0 in index.anns:
-        # COCOeval takes the id 0 for "no match", and mmdet reads one annotation in place of all that share an id.
-        reason = f'only {len(index.anns)} different ids' if len(index.anns) < len(annotations) else 'one with the id 0'
+    no_numbers = [key for key in index.anns if not isinstance(key, (int, float))]
+    if len(index.anns) < len(annotations) or 0 in index.anns or no_numbers:
+        # COCOeval writes the ids into an array of numbers, and takes the id 0 for "no match". mmdet reads one annotation in
+        # place of all that share an id.
+        reason = (f'only {len(index.anns)} different ids' if len(index.anns) < len(annotations) else
+                  'one with the id 0' if not no_numbers else f'ids that are no numbers ({first_names(no_numbers, 2)})')
         for number, annotation in enumerate(annotations, 1):
             annotation['id'] = number
         index.anns = {annotation['id']: annotation for annotation in annotations}  # the other indexes hold the same objects

@@ -153,9 +153,13 @@ def test_masks_of_any_valid_kind_are_left_alone(checks, tmp_path, said):
     assert not any('segmentation' in line for line in said)
 
 
-@pytest.mark.parametrize('ids, reason', [((0, 1), 'one with the id 0'), ((7, 7), 'only 1 different ids')])
+@pytest.mark.parametrize('ids, reason', [((0, 1), 'one with the id 0'), ((7, 7), 'only 1 different ids'),
+                                         (('c1d0', 'e2f7'), 'ids that are no numbers (c1d0, e2f7)')])
 def test_annotations_with_unusable_ids_are_numbered_anew(checks, tmp_path, said, ids, reason):
-    """With the id 0, COCOeval takes a perfect detection for a false one; of two with one id, mmdet reads one twice."""
+    """With the id 0, COCOeval takes a perfect detection for a false one; of two with one id, mmdet reads one twice.
+
+    Texts do not go into COCOeval's array of matches.
+    """
     def number(content):
         for annotation, index in zip(content['annotations'], ids):
             annotation['id'] = index
@@ -180,6 +184,28 @@ def test_ids_as_texts_are_refused(checks, tmp_path):
 
     with pytest.raises(LaunchError, match=r'every image_id in .* must be a number .* \(image_id 0, 1\): write numbers'):
         coco_set(write_coco(tmp_path, change=change))
+
+
+def test_ids_of_images_or_categories_of_two_kinds_are_refused(checks, tmp_path):
+    def change(content):
+        content['images'][1]['id'] = content['annotations'][1]['image_id'] = 'second'
+
+    with pytest.raises(LaunchError, match=r'ids of all images in .* must be numbers, or all texts, but 1 of 2 .*\(second\)'):
+        coco_set(write_coco(tmp_path, change=change))
+    checks.watch()
+    with pytest.raises(LaunchError, match=r'ids of all categories in .* but 1 of 2 are texts \(d\)'):
+        coco_set(write_coco(tmp_path, ids=dict(disc='d', square=3)))
+
+
+def test_categories_with_texts_as_ids_are_evaluated(checks, tmp_path):
+    coco_set(write_coco(tmp_path, ids=dict(disc='unused 0', square='b')))
+    path = write_coco(tmp_path, 'val', categories=('disc', ), objects=('disc', ), ids=dict(disc='unused 0'))
+    val, metric = coco_set(path), CocoMetric(str(path))
+    checks.check(loaders(val=val), model_of(2), dict(val=Evaluator([metric])))
+    assert [metric.cat_ids[label] for label in range(2)] == val.cat_ids == ['unused 0', 'unused 1']
+    metric.classwise = True
+    with pytest.raises(LaunchError, match=r'numbers for classwise=True of val_evaluator, .* texts \(unused 0, unused 1\)'):
+        checks.check(loaders(val=val), model_of(2), dict(val=Evaluator([metric])))
 
 
 def test_a_file_without_categories_is_refused(checks, tmp_path):
