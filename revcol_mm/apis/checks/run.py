@@ -163,6 +163,8 @@ class DataChecks:
         record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
         if hasattr(dataset, 'cat_ids') and dataset._indices is None:
             _say_of_filter(dataset, self.pictured.get(path, record.images))
+        if first.get('img_path'):
+            record.paths = np.array([hash(osp.normpath(str(info['img_path']))) for info in dataset.data_list], np.int64)
         if 'instances' in first:
             self._count_instances(dataset, record, path)
         elif 'gt_label' in first:
@@ -242,7 +244,19 @@ class DataChecks:
                 print(line)
             raise LaunchError(f'every image and label map must be usable, but this is not so for {len(broken)} '
                               f'({first_names(broken, 2)}): correct, replace or remove them')
+        if 'train' in loaders and 'val' in loaders:
+            self._warn_of_common_images(loaders['train'].dataset, loaders['val'].dataset)
         say(table(loaders, self.records))
+
+    def _warn_of_common_images(self, train: Any, val: Any) -> None:
+        """Images that a model was trained on make its validation too good."""
+        known = [self.records[dataset].paths for dataset in leaves(train) if dataset in self.records]
+        for dataset in leaves(val) if known else ():
+            common = np.isin(self.records[dataset].paths, np.concatenate(known)) if dataset in self.records else np.empty(0)
+            if common.any():
+                name = dataset.get_data_info(int(common.argmax()))['img_path']
+                warn(f'{common.sum()} of the {len(common)} images of val_dataloader ({name_of(dataset)}) are in '
+                     f'train_dataloader, too, such as {name}: the metrics of the validation will be too good')
 
     def _inspect_late(self, dataset: BaseDataset) -> None:
         before = dataset._metainfo.get('classes')
