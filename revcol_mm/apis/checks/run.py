@@ -199,7 +199,7 @@ class DataChecks:
                                   'them, or train a detector of boxes')
         if not counted:
             reason = ('its file has no annotations' if self.annotated.get(path) == 0 else f'{record.ignored} annotations are '
-                      'crowds (iscrowd=1), of other categories, outside of their image or without area')
+                      'crowds (iscrowd=1) or ignored (ignore=1), of other categories, outside of their image or without area')
             text = (f'{name_of(dataset)} must have objects of its classes, but its {len(infos)} images have none that counts; '
                     f'{reason}')
             if not dataset.test_mode:

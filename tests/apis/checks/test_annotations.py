@@ -81,6 +81,16 @@ def test_a_missing_iscrowd_is_0(checks, tmp_path, said):
     assert any('1 of 2 annotations have no iscrowd' in line for line in said)
 
 
+def test_objects_that_training_ignores_and_evaluation_counts_are_a_warning_with_the_number(checks, tmp_path, said):
+    coco_set(write_coco(tmp_path, change=lambda content: [one.update(ignore=0) for one in content['annotations']]))
+    assert not any('ignore=1' in line for line in said)
+    dataset = coco_set(write_coco(tmp_path, change=lambda content: content['annotations'][1].update(ignore=1)))
+    assert len(dataset.get_data_info(1)['instances']) == 0
+    assert any('train.json: 1 of 2 annotations have ignore=1 (id 2)' in line for line in said)
+    with pytest.raises(LaunchError, match=r'2 annotations are crowds \(iscrowd=1\) or ignored \(ignore=1\)'):
+        coco_set(write_coco(tmp_path, change=lambda content: [one.update(ignore=1) for one in content['annotations']]))
+
+
 def test_annotations_without_masks_are_refused_where_the_pipeline_loads_masks(checks, tmp_path):
     path = write_coco(tmp_path, change=lambda content: content['annotations'][1].pop('segmentation'))
     with pytest.raises(LaunchError, match=r'must have a segmentation.*\(with_mask=True\), but 1 of 2 have none'):
