@@ -136,6 +136,8 @@ class DataChecks:
     def inspect(self, dataset: BaseDataset) -> None:
         """Checks a data set's list of images before it is packed, and relabels it where its classes have another order.
 
+        From then on its pipeline names the file of what fails, and checks every sample.
+
         Raises:
             LaunchError: nothing is left to train on, or the classes cannot be those of the file or of the training.
         """
@@ -160,6 +162,8 @@ class DataChecks:
                               f'classes, but has {len(palette)}: add colors, or leave palette out')
         if hasattr(dataset, 'label_map'):
             check_number_of_classes(dataset)
+        if type(dataset.pipeline) is Compose:  # before the workers of a loop by iterations start, which is when it is built
+            dataset.pipeline = NamingPipeline(dataset)
         record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
         if hasattr(dataset, 'cat_ids') and dataset._indices is None:
             _say_of_filter(dataset, self.pictured.get(path, record.images))
@@ -231,8 +235,6 @@ class DataChecks:
                     if not dataset.serialize_data:
                         self._inspect_late(dataset)
                     broken += self._check_files(dataset, name)
-                    if type(dataset.pipeline) is Compose:
-                        dataset.pipeline = NamingPipeline(dataset)
             records = [self.records[dataset] for dataset in datasets if dataset in self.records]
             check_heads(model, records, f'{name}_dataloader')
             if name == 'train':
