@@ -51,7 +51,7 @@ class NamingPipeline(Compose):
                 reason = why_broken(file)
                 if reason:
                     raise SampleError(f'{file} cannot be used: {reason}') from error
-            raise SampleError(f'{path} cannot be used: {type(error).__name__}: {_first_line(error)}') from error
+            raise SampleError(f'{path} cannot be used: {type(error).__name__}: {first_line(error)}') from error
         size = _loaded_size(sample)
         reason = size and why_other_size(size, said)
         if reason:
@@ -85,7 +85,7 @@ def _loaded_size(sample: Any) -> tuple[int, int] | None:
     return None if shape is None else (shape[1], shape[0])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or 'no reason given').splitlines()[0]
 
 
@@ -108,7 +108,7 @@ def why_broken(path: str) -> str | None:
     except Image.UnidentifiedImageError:
         return None if mmcv.imread(path) is not None else 'the file cannot be read as an image'  # OpenCV knows other formats
     except (OSError, SyntaxError, ValueError) as error:
-        return f'the file cannot be read as an image ({_first_line(error)})'
+        return f'the file cannot be read as an image ({first_line(error)})'
     return None
 
 

@@ -6,10 +6,12 @@ from collections import Counter
 import mmcv
 import numpy as np
 from mmengine.dataset import BaseDataset
+from PIL import Image
 
 from ...checkpoint.safe import first_names
 from ..errors import LaunchError
 from .common import name_of, steps_of, warn
+from .images import SampleError, first_line, why_broken
 
 SECONDS = 1  # that the search for classes which the sample does not show may take
 LONGER = 10  # the same where the sample looks wrong
@@ -65,8 +67,13 @@ class LabelMaps:
 
         Raises:
             LaunchError: it has several channels, or a value that is neither a class nor ignored.
+            SampleError: it cannot be read, or is too large for Pillow, with which mmseg reads it, too.
         """
-        raw = mmcv.imread(path, flag='unchanged', backend='pillow')
+        try:
+            raw = mmcv.imread(path, flag='unchanged', backend='pillow')
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = why_broken(path) or f'{type(error).__name__}: {first_line(error)}'
+            raise SampleError(f'the label map {path} cannot be used: {reason}') from error
         raw = raw[..., 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
         if raw.ndim != 2:
             raise LaunchError(f'the label map {path} must have one channel of class numbers, but its shape is {raw.shape}: '
@@ -131,7 +138,7 @@ class LabelMaps:
             if index not in self.seen:
                 try:
                     self.add(index, self.dataset.get_data_info(index)['seg_map_path'])
-                except OSError:
+                except SampleError:
                     continue  # a broken file, which the data loader names
 
     def _labels(self) -> list[int]:

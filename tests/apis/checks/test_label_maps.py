@@ -144,6 +144,13 @@ def test_a_label_map_of_another_size_is_named_when_it_is_met(tmp_path, test_mode
         dataset[1]
 
 
+def test_a_map_that_is_too_large_for_pillow_is_named(checks, tmp_path, monkeypatch):
+    dataset = BaseSegDataset(metainfo=dict(classes=('a', 'b')), **write_maps(tmp_path, [0, 1]))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1)
+    with pytest.raises(LaunchError, match='map/0.png cannot be used: DecompressionBombError: Image size .4 pixels. exceeds'):
+        check_maps(checks, dataset)
+
+
 def test_a_map_of_one_bit_per_pixel_holds_the_classes_0_and_1(checks, tmp_path, said):
     settings = write_maps(tmp_path, [0, 1])
     Image.fromarray(np.array([[0, 1], [0, 1]], bool)).save(tmp_path / 'map' / '0.png')

@@ -479,6 +479,14 @@ def no_map(root):
     (write_maps(root) / 'annotations' / 'val' / '1.png').unlink()
 
 
+def broken_map(root):
+    (write_maps(root) / 'annotations' / 'train' / '1.png').write_bytes(b'no image')
+
+
+def empty_map(root):
+    (write_maps(root) / 'annotations' / 'train' / '1.png').write_bytes(b'')
+
+
 def mixed_endings(root):
     write_images(write_maps(root) / 'images' / 'train' / '9')
 
@@ -534,6 +542,8 @@ def hidden_images(root):
     ('mmseg', line_twice, 'every class in .*classes.txt must have a name of its own, but there are several road'),
     ('mmseg', gaps, 'from 0 on without a gap .*but hold 0, 128, 255: write the names of all classes into classes.txt'),
     ('mmseg', no_map, r'must have a label map of its name in .*annotations/val/, but 1 of 2 have none \(1\)'),
+    ('mmseg', broken_map, 'the label map .*annotations/train/1.png cannot be used: the file cannot be read as an image'),
+    ('mmseg', empty_map, 'the label map .*annotations/train/1.png cannot be used: the file is empty'),
     ('mmseg', mixed_endings, r'images/train/ must have names that end alike, such as .png, but there are 2 .jpg, 1 .png'),
     ('mmseg', one_line, 'at least two, the background counted, but has crack'),
     ('mmseg', hidden_images, 'images/train/ must have no hidden folders, because mmseg .* it has .ipynb_checkpoints'),
