@@ -4,6 +4,7 @@ import os.path as osp
 from typing import Any, Mapping
 
 import mmcv
+import numpy as np
 import torch
 from mmengine.dataset import BaseDataset, Compose
 from PIL import ExifTags, Image
@@ -116,6 +117,21 @@ def turns_images(dataset: BaseDataset) -> bool:
     """Whether the pipeline turns images as their EXIF entry says, which mmcv does unless it is told otherwise."""
     kind = getattr(next(iter(dataset.pipeline.transforms), None), 'color_type', 'color')
     return kind != 'unchanged' and not kind.endswith('ignore_orientation')
+
+
+def brightest_of(path: str) -> int | None:
+    """The largest value of a local image with more than 8 bits in its one channel; None for any other image."""
+    try:
+        with Image.open(path) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith('I') else None
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def keeps_upper_bits(dataset: BaseDataset) -> bool:
+    """Whether the pipeline loads images of 16 bits with OpenCV into 8 bits, of which it keeps the upper ones."""
+    first = next(iter(dataset.pipeline.transforms), None)
+    return getattr(first, 'color_type', 'unchanged') != 'unchanged' and first.imdecode_backend in (None, 'cv2')
 
 
 def size_of(path: str, turned: bool = True) -> tuple[int, int] | None:

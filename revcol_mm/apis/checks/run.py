@@ -30,7 +30,17 @@ from .classes import ClassOrder
 from .common import leaves, name_of, say, steps_of, warn
 from .evaluators import check_evaluator
 from .files import no_annotations
-from .images import NamingPipeline, reads_local_images, size_of, turns_images, why_broken, why_other_shape, why_other_size
+from .images import (
+    NamingPipeline,
+    brightest_of,
+    keeps_upper_bits,
+    reads_local_images,
+    size_of,
+    turns_images,
+    why_broken,
+    why_other_shape,
+    why_other_size,
+)
 from .label_maps import LabelMaps, check_number_of_classes
 from .model import check_heads, check_semantic_maps, check_sliding_window
 from .report import Record, spread, table
@@ -277,7 +287,7 @@ class DataChecks:
         if self.check_all:
             chosen = track(range(count), f'Checking {loader} files', console=Console(stderr=True))
         broken, labels = [], LabelMaps(dataset, loader) if hasattr(dataset, 'label_map') else None
-        sizes, turned = set(), turns_images(dataset)
+        sizes, turned, brightest = set(), turns_images(dataset), set()
         for index in chosen:
             info = dataset.get_data_info(index)
             path, label_map = info.get('img_path'), info.get('seg_map_path')
@@ -285,6 +295,7 @@ class DataChecks:
             size = size_of(path, turned) if isinstance(path, str) and not reasons[0][1] else None
             if size:
                 sizes.add(size)
+                brightest.add(brightest_of(path) or 0)
                 reasons.append((path, why_other_size(size, info)))
             if labels and isinstance(label_map, str) and '://' not in label_map and not any(reason for _, reason in reasons):
                 reasons.append((label_map, why_other_shape(labels.add(index, label_map), size)))
@@ -292,6 +303,8 @@ class DataChecks:
         record = self.records.get(dataset)
         if record and sizes and not record.sizes:
             record.sizes = spread(sizes) + f' ({SAMPLE} opened)' * (count > SAMPLE and not self.check_all)
+        if 0 < max(brightest, default=0) < 2 ** 15 and keeps_upper_bits(dataset):
+            _warn_of_dark_images(max(brightest), dataset)
         if labels and labels.seen and not broken:
             labels.check()
         return broken
@@ -314,6 +327,13 @@ def _warn_of_far_corners(boxes: np.ndarray, counts: Sequence[int], infos: Sequen
     if outside:
         warn(f'{outside} of {len(boxes)} boxes of {name} end outside of their image; a bbox must be (x, y, width, height), not '
              'two corners')
+
+
+def _warn_of_dark_images(brightest: int, dataset: BaseDataset) -> None:
+    """Data of 10, 12 or 14 bits in images of 16 bits become almost black."""
+    warn(f'{name_of(dataset)} has images of 16 bits, but in those that were opened no value is above {brightest}. Of the 16 '
+         f'bits the upper 8 are loaded, so that none will be above {brightest // 256} of 255: write images of 8 bits, scaled '
+         'to the range of the data')
 
 
 def _count_labels(dataset: BaseDataset, record: Record) -> None:

@@ -1,6 +1,7 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
 """Broken images, before the run and in it."""
 
+import numpy as np
 import pytest
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets.transforms import PackDetInputs
@@ -80,3 +81,18 @@ def test_the_size_of_an_image_is_that_after_turning(checks, tmp_path, color_type
     dataset = coco_set(path, pipeline=[dict(type='LoadImageFromFile', color_type=color_type)])
     assert dataset[0]['img'].shape[:2] == (height, width)  # as mmcv loads it
     checks.check(loaders(train=dataset), model_of(2), {})
+
+
+@pytest.mark.parametrize('brightest, color_type, dark', [
+    (4095, 'color', True), (100, 'grayscale', True), (4095, 'unchanged', False), (65535, 'color', False)])
+@pytest.mark.parametrize('order', ['<u2', '>u2'])
+def test_images_of_16_bits_that_become_almost_black_are_a_warning(checks, tmp_path, said, brightest, color_type, dark, order):
+    path = write_coco(tmp_path, change=lambda content: [image.update(file_name=f'{image["id"]}.tif')
+                                                        for image in content['images']])
+    for index in range(2):
+        Image.fromarray(np.full((40, 50), brightest, order)).save(tmp_path / 'train' / f'{index}.tif')
+    dataset = coco_set(path, pipeline=[dict(type='LoadImageFromFile', color_type=color_type)])
+    checks.check(loaders(train=dataset), model_of(2), {})
+    assert (dataset[0]['img'].max() == brightest >> 8) == (color_type != 'unchanged')  # what OpenCV makes of it
+    lines = [line for line in said if 'has images of 16 bits' in line]
+    assert len(lines) == dark and all(f'no value is above {brightest}. Of' in line for line in lines)
