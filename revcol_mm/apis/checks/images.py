@@ -143,7 +143,8 @@ def size_of(path: str, turned: bool = True) -> tuple[int, int] | None:
     """
     try:
         with Image.open(path) as image:
-            across = turned and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # OpenCV turns TIFF files whatever it is told, and Pillow has the turned size of them from the beginning.
+            across = turned and image.format != 'TIFF' and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if across else image.size
     except (OSError, ValueError, Image.DecompressionBombError):
         return None

@@ -70,14 +70,15 @@ def test_an_image_of_another_size_that_was_not_opened_is_named_when_it_is_met(ch
         dataset[1]
 
 
-@pytest.mark.parametrize('color_type, width, height', [('color', 40, 50), ('unchanged', 50, 40)])
-def test_the_size_of_an_image_is_that_after_turning(checks, tmp_path, color_type, width, height):
-    path = write_coco(tmp_path, change=lambda content: [image.update(width=width, height=height)
-                                                        for image in content['images']])
-    for file in path.with_suffix('').iterdir():
+@pytest.mark.parametrize('color_type, suffix, width, height', [
+    ('color', 'png', 40, 50), ('unchanged', 'png', 50, 40), ('color', 'tif', 40, 50), ('unchanged', 'tif', 40, 50)])
+def test_the_size_of_an_image_is_that_after_turning(checks, tmp_path, color_type, suffix, width, height):
+    path = write_coco(tmp_path, change=lambda content: [
+        image.update(width=width, height=height, file_name=f'{image["id"]}.{suffix}') for image in content['images']])
+    for file in list(path.with_suffix('').iterdir()):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6
-        Image.open(file).save(file, exif=exif)
+        Image.open(file).save(file.with_suffix(f'.{suffix}'), exif=exif)
     dataset = coco_set(path, pipeline=[dict(type='LoadImageFromFile', color_type=color_type)])
     assert dataset[0]['img'].shape[:2] == (height, width)  # as mmcv loads it
     checks.check(loaders(train=dataset), model_of(2), {})
