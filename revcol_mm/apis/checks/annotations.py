@@ -56,7 +56,8 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
         warn(f'{path}: {len(ignored)} of {len(annotations)} annotations have ignore=1 (id {first_names(ignored)}), as '
              'difficult objects of VOC: mmdet trains without them, but COCOeval counts them as objects that must be found. '
              'With iscrowd=1 both ignore them')
-    no_numbers = [key for key in index.anns if not isinstance(key, (int, float))]
+    no_numbers = [] if set(map(type, index.anns)) <= {int, float} else [
+        key for key in index.anns if not isinstance(key, (int, float))]
     if len(index.anns) < len(annotations) or 0 in index.anns or no_numbers:
         # COCOeval writes the ids into an array of numbers, and takes the id 0 for "no match". mmdet reads one annotation in
         # place of all that share an id.
