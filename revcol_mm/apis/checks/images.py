@@ -131,7 +131,7 @@ def brightest_of(path: str) -> int | None:
 def keeps_upper_bits(dataset: BaseDataset) -> bool:
     """Whether the pipeline loads images of 16 bits with OpenCV into 8 bits, of which it keeps the upper ones."""
     first = next(iter(dataset.pipeline.transforms), None)
-    return getattr(first, 'color_type', 'unchanged') != 'unchanged' and first.imdecode_backend in (None, 'cv2')
+    return getattr(first, 'color_type', 'unchanged') != 'unchanged' and getattr(first, 'imdecode_backend', 'cv2') == 'cv2'
 
 
 def size_of(path: str, turned: bool = True) -> tuple[int, int] | None:
