@@ -1,5 +1,5 @@
 # Copyright (c) revcol_mm authors. Licensed under the Apache License 2.0.
-"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and invalid boxes."""
+"""The entries of annotation files in COCO's format: what mmdet reads of them, ids, and invalid boxes and polygons."""
 import math
 from itertools import chain
 from operator import itemgetter
@@ -15,7 +15,10 @@ KEYS = dict(categories=('id', 'name'), images=('id', 'file_name', 'height', 'wid
 
 
 def check_annotations(content: Mapping[str, list], path: str, index: Any = None) -> None:
-    """Checks the entries of a file, adds a missing ``iscrowd`` of 0, and numbers annotations anew where their ids are no use.
+    """Checks the entries of a file, and puts right in memory what has one correction.
+
+    It adds a missing ``iscrowd`` of 0, leaves out parts of masks that are no polygons, and numbers annotations anew where their
+    ids are no use.
 
     Args:
         content (Mapping[str, list]): the parsed file, with ``images``, ``annotations`` and ``categories``.
@@ -34,7 +37,13 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
     if len(ids) < len(images):
         raise LaunchError(f'every image in {path} must have an id of its own, but {len(images)} images have {len(ids)} ids: '
                           'number them anew, and their annotations with them')
+    for part, values in (('images', ids), ('categories', set(columns['categories']['id']))):
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) not in (0, len(values)):  # COCOeval sorts them together, as texts
+            raise LaunchError(f'the ids of all {part} in {path} must be numbers, or all texts, but {len(texts)} of '
+                              f'{len(values)} are texts ({first_names(texts)}): write numbers, in the annotations, too')
     _check_boxes(annotations, columns['annotations']['bbox'], path)
+    _leave_out_parts(annotations, path)
     crowdless = [annotation for annotation in annotations if 'iscrowd' not in annotation]
     for annotation in crowdless:
         annotation['iscrowd'] = 0
@@ -42,9 +51,18 @@ def check_annotations(content: Mapping[str, list], path: str, index: Any = None)
         say(f'{path}: {len(crowdless)} of {len(annotations)} annotations have no iscrowd, which is taken as 0')
     if index is None:
         return
-    if len(index.anns) < len(annotations) or 0 in index.anns:
-        # COCOeval takes the id 0 for "no match", and mmdet reads one annotation in place of all that share an id.
-        reason = f'only {len(index.anns)} different ids' if len(index.anns) < len(annotations) else 'one with the id 0'
+    ignored = [annotation['id'] for annotation in annotations if annotation.get('ignore') and not annotation['iscrowd']]
+    if ignored:
+        warn(f'{path}: {len(ignored)} of {len(annotations)} annotations have ignore=1 (id {first_names(ignored)}), as '
+             'difficult objects of VOC: mmdet trains without them, but COCOeval counts them as objects that must be found. '
+             'With iscrowd=1 both ignore them')
+    no_numbers = [] if set(map(type, index.anns)) <= {int, float} else [
+        key for key in index.anns if not isinstance(key, (int, float))]
+    if len(index.anns) < len(annotations) or 0 in index.anns or no_numbers:
+        # COCOeval writes the ids into an array of numbers, and takes the id 0 for "no match". mmdet reads one annotation in
+        # place of all that share an id.
+        reason = (f'only {len(index.anns)} different ids' if len(index.anns) < len(annotations) else
+                  'one with the id 0' if not no_numbers else f'ids that are no numbers ({first_names(no_numbers, 2)})')
         for number, annotation in enumerate(annotations, 1):
             annotation['id'] = number
         index.anns = {annotation['id']: annotation for annotation in annotations}  # the other indexes hold the same objects
@@ -98,3 +116,26 @@ def _is_box(box) -> bool:
         return math.isfinite(x + y + width + height)
     except (TypeError, ValueError, OverflowError):
         return False
+
+
+def _leave_out_parts(annotations: list[dict], path: str) -> None:
+    """mmdet's training leaves out polygons with too few points; pycocotools fails on them, or reads a box."""
+    masks = [mask for annotation in annotations if isinstance(mask := annotation.get('segmentation'), list)]
+    parts = list(chain.from_iterable(masks))
+    if (set(map(type, parts)) <= {list} and all(length >= 6 and length % 2 == 0 for length in set(map(len, parts)))
+            and set(map(type, map(itemgetter(0), parts))) <= {int, float}):
+        return
+    changed = []
+    for annotation in annotations:
+        mask = annotation.get('segmentation')
+        if isinstance(mask, list) and not all(map(_is_polygon, mask)):
+            annotation['segmentation'] = list(filter(_is_polygon, mask))
+            changed.append(annotation)
+    empty = [annotation['id'] for annotation in changed if not annotation['segmentation']]
+    say(f'{path}: {len(changed)} of {len(annotations)} annotations (id {first_names([one["id"] for one in changed])}) have '
+        'parts of a segmentation that are no polygons of at least three points, [[x1, y1, x2, y2, x3, y3, …]]: these parts are '
+        'left out' + (f', and {len(empty)} annotations have no other (id {first_names(empty)})' if empty else ''))
+
+
+def _is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and type(part[0]) in (int, float)

@@ -171,8 +171,10 @@ def _set_classes(dataset: BaseDataset, order: tuple[str, ...], source: str) -> N
         f'({first_names(order, 10)}), and the names follow it')
 
 
-def unused_ids(ids: Collection[int]) -> Iterator[int]:
-    """Ids for categories that a file does not have."""
+def unused_ids(ids: Collection[int | str]) -> Iterator[int | str]:
+    """Ids for categories that a file does not have: numbers, or texts if its ids are texts."""
+    if any(isinstance(index, str) for index in ids):
+        return (index for index in map('unused {}'.format, itertools.count()) if index not in ids)
     return itertools.count(max(ids) + 1)
 
 

@@ -75,10 +75,14 @@ def _check_coco(metric: Any, datasets: Sequence[Any], records: Sequence[Record],
     elif missing:
         raise LaunchError(f'{name}_evaluator.ann_file must have every class of {name}_dataloader as a category, but it lacks '
                           f'{first_names(missing)}: give both the same annotation file')
+    if getattr(metric, 'classwise', False) and any(isinstance(index, str) for index in coco.cats):
+        raise LaunchError(f'the ids of categories must be numbers for classwise=True of {name}_evaluator, but those of its '
+                          f'ann_file are texts ({first_names(list(coco.cats))}): number the categories, or set '
+                          f'{name}_evaluator.classwise=False')  # pycocotools' loadCats takes a text for a list of ids
     metric.cat_ids = LabelledIds(ids[label] for label in classes)
     if 'segm' in metric.metrics:
         maskless = [index for index, annotation in coco.anns.items() if not annotation.get('segmentation')]
         if maskless:
-            raise LaunchError(f'every annotation of {name}_evaluator.ann_file must have a segmentation, because its metric is '
-                              f'segm, but {len(maskless)} of {len(coco.anns)} have none (id {first_names(maskless)}): add '
-                              f"them, or set {name}_evaluator.metric='bbox'")
+            raise LaunchError(f'every annotation of {name}_evaluator.ann_file must have a segmentation that can be used, '
+                              f'because its metric is segm, but {len(maskless)} of {len(coco.anns)} have none (id '
+                              f"{first_names(maskless)}): add them, or set {name}_evaluator.metric='bbox'")

@@ -4,6 +4,7 @@ import os.path as osp
 from typing import Any, Mapping
 
 import mmcv
+import numpy as np
 import torch
 from mmengine.dataset import BaseDataset, Compose
 from PIL import ExifTags, Image
@@ -25,7 +26,8 @@ class SampleError(LaunchError):
 class NamingPipeline(Compose):
     """A data set's pipeline, whose exceptions become a :class:`SampleError` that names the file.
 
-    It also looks at the label map of every sample: a value that is no class would end in an IndexError of a loss.
+    It also compares the size of every image with that of its annotation file, and looks at the label map of every sample: a
+    value that is no class would end in an IndexError of a loss.
 
     Args:
         dataset (BaseDataset): the data set, whose pipeline is a plain Compose.
@@ -38,6 +40,7 @@ class NamingPipeline(Compose):
 
     def __call__(self, data: dict) -> dict | None:
         path, seg_map = data.get('img_path'), data.get('seg_map_path')
+        said = {key: data[key] for key in ('width', 'height') if key in data}
         try:
             sample = super().__call__(data)
         except SampleError:
@@ -49,7 +52,11 @@ class NamingPipeline(Compose):
                 reason = why_broken(file)
                 if reason:
                     raise SampleError(f'{file} cannot be used: {reason}') from error
-            raise SampleError(f'{path} cannot be used: {type(error).__name__}: {_first_line(error)}') from error
+            raise SampleError(f'{path} cannot be used: {type(error).__name__}: {first_line(error)}') from error
+        size = _loaded_size(sample)
+        reason = size and why_other_size(size, said)
+        if reason:
+            raise SampleError(f'{path} cannot be used: {reason}')
         if self.num_classes:
             self._check_labels(sample, seg_map)
         return sample
@@ -69,7 +76,17 @@ class NamingPipeline(Compose):
                               'classes, which are numbered from 0')
 
 
-def _first_line(error: Exception) -> str:
+def _loaded_size(sample: Any) -> tuple[int, int] | None:
+    """Width and height of the image that a sample was made of; None if it does not tell."""
+    if not isinstance(sample, dict):
+        return None
+    packed = sample.get('data_samples', sample)
+    packed = packed[0] if isinstance(packed, (list, tuple)) and packed else packed  # of test-time augmentation
+    shape = packed.get('ori_shape') if hasattr(packed, 'get') else None
+    return None if shape is None else (shape[1], shape[0])
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip() or 'no reason given').splitlines()[0]
 
 
@@ -92,7 +109,7 @@ def why_broken(path: str) -> str | None:
     except Image.UnidentifiedImageError:
         return None if mmcv.imread(path) is not None else 'the file cannot be read as an image'  # OpenCV knows other formats
     except (OSError, SyntaxError, ValueError) as error:
-        return f'the file cannot be read as an image ({_first_line(error)})'
+        return f'the file cannot be read as an image ({first_line(error)})'
     return None
 
 
@@ -100,6 +117,21 @@ def turns_images(dataset: BaseDataset) -> bool:
     """Whether the pipeline turns images as their EXIF entry says, which mmcv does unless it is told otherwise."""
     kind = getattr(next(iter(dataset.pipeline.transforms), None), 'color_type', 'color')
     return kind != 'unchanged' and not kind.endswith('ignore_orientation')
+
+
+def brightest_of(path: str) -> int | None:
+    """The largest value of a local image with more than 8 bits in its one channel; None for any other image."""
+    try:
+        with Image.open(path) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith('I') else None
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def keeps_upper_bits(dataset: BaseDataset) -> bool:
+    """Whether the pipeline loads images of 16 bits with OpenCV into 8 bits, of which it keeps the upper ones."""
+    first = next(iter(dataset.pipeline.transforms), None)
+    return getattr(first, 'color_type', 'unchanged') != 'unchanged' and getattr(first, 'imdecode_backend', 'cv2') == 'cv2'
 
 
 def size_of(path: str, turned: bool = True) -> tuple[int, int] | None:
@@ -111,7 +143,8 @@ def size_of(path: str, turned: bool = True) -> tuple[int, int] | None:
     """
     try:
         with Image.open(path) as image:
-            across = turned and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # OpenCV turns TIFF files whatever it is told, and Pillow has the turned size of them from the beginning.
+            across = turned and image.format != 'TIFF' and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if across else image.size
     except (OSError, ValueError, Image.DecompressionBombError):
         return None

@@ -6,14 +6,38 @@ from collections import Counter
 import mmcv
 import numpy as np
 from mmengine.dataset import BaseDataset
+from PIL import Image
 
 from ...checkpoint.safe import first_names
 from ..errors import LaunchError
-from .common import warn
+from .common import name_of, steps_of, warn
+from .images import SampleError, first_line, why_broken
 
 SECONDS = 1  # that the search for classes which the sample does not show may take
 LONGER = 10  # the same where the sample looks wrong
 ENOUGH = 100  # maps of a mask's two values after which it is certain that they are masks
+
+
+def check_number_of_classes(dataset: BaseDataset) -> None:
+    """mmseg's loader reads maps as 8 bits per pixel: a number beyond them would silently be that of another class.
+
+    Args:
+        dataset (BaseDataset): one with label maps.
+
+    Raises:
+        LaunchError: it has more classes than such maps can tell apart.
+    """
+    if not any(getattr(getattr(step, '_load_seg_map', None), '__module__', '').startswith('mmseg.')
+               for step in steps_of(dataset.pipeline)):
+        return
+    count = max(len(dataset._metainfo.get('classes') or ()), len(dataset.label_map or ()))  # those that are chosen, and all
+    ignored, reduced = getattr(dataset, 'ignore_index', 255), bool(dataset.reduce_zero_label)
+    limit = 254 if reduced else 256 - (ignored == 255)
+    if count > limit:
+        kept = 'reduce_zero_label=True takes two values' if reduced else f'{ignored} is ignored'
+        raise LaunchError(f'{name_of(dataset)} must have at most {limit} classes, because mmseg loads label maps with 8 bits '
+                          f'per pixel ({kept}), but it has {count}: merge classes, or load the maps with a transform of your '
+                          'own')
 
 
 class LabelMaps:
@@ -43,8 +67,13 @@ class LabelMaps:
 
         Raises:
             LaunchError: it has several channels, or a value that is neither a class nor ignored.
+            SampleError: it cannot be read, or is too large for Pillow, with which mmseg reads it, too.
         """
-        raw = mmcv.imread(path, flag='unchanged', backend='pillow')
+        try:
+            raw = mmcv.imread(path, flag='unchanged', backend='pillow')
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = why_broken(path) or f'{type(error).__name__}: {first_line(error)}'
+            raise SampleError(f'the label map {path} cannot be used: {reason}') from error
         raw = raw[..., 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
         if raw.ndim != 2:
             raise LaunchError(f'the label map {path} must have one channel of class numbers, but its shape is {raw.shape}: '
@@ -109,7 +138,7 @@ class LabelMaps:
             if index not in self.seen:
                 try:
                     self.add(index, self.dataset.get_data_info(index)['seg_map_path'])
-                except OSError:
+                except SampleError:
                     continue  # a broken file, which the data loader names
 
     def _labels(self) -> list[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Collection, Mapping
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ class Record:
             that were opened.
         areas (tuple[int, int, int] | None): number of small (below 32² pixels), medium and large (96² and more) objects.
         names (dict): names of the image files without folders, by image id, of a detection data set.
+        paths (np.ndarray): hashes of the paths of the images, which need less memory than a million texts.
     """
     classes: tuple[str, ...] | None
     images: int = 0
@@ -34,6 +36,7 @@ class Record:
     sizes: str = ''
     areas: tuple[int, int, int] | None = None
     names: dict[Any, str] = field(default_factory=dict)
+    paths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
 
 def spread(sizes: Collection[tuple[int, int]]) -> str:

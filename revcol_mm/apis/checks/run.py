@@ -30,8 +30,18 @@ from .classes import ClassOrder
 from .common import leaves, name_of, say, steps_of, warn
 from .evaluators import check_evaluator
 from .files import no_annotations
-from .images import NamingPipeline, reads_local_images, size_of, turns_images, why_broken, why_other_shape, why_other_size
-from .label_maps import LabelMaps
+from .images import (
+    NamingPipeline,
+    brightest_of,
+    keeps_upper_bits,
+    reads_local_images,
+    size_of,
+    turns_images,
+    why_broken,
+    why_other_shape,
+    why_other_size,
+)
+from .label_maps import LabelMaps, check_number_of_classes
 from .model import check_heads, check_semantic_maps, check_sliding_window
 from .report import Record, spread, table
 
@@ -58,7 +68,8 @@ class DataChecks:
         self.records: WeakKeyDictionary[BaseDataset, Record] = WeakKeyDictionary()
         self.categories: dict[str, list[dict]] = {}
         self.latest = ''  # the file that was read last
-        self.annotated: dict[str, int] = {}
+        self.annotated: dict[str, int] = {}  # numbers of annotations and of images in the files
+        self.pictured: dict[str, int] = {}
         self._stack = contextlib.ExitStack()
 
     # While the data sets are built ---------------------------------------------------------------------------------------
@@ -130,9 +141,12 @@ class DataChecks:
             check_annotations(coco.dataset, annotation_file, coco)
             self.categories[path] = coco.dataset.get('categories', [])
             self.annotated[path] = len(coco.dataset.get('annotations', []))
+            self.pictured[path] = len(coco.imgs)
 
     def inspect(self, dataset: BaseDataset) -> None:
         """Checks a data set's list of images before it is packed, and relabels it where its classes have another order.
+
+        From then on its pipeline names the file of what fails, and checks every sample.
 
         Raises:
             LaunchError: nothing is left to train on, or the classes cannot be those of the file or of the training.
@@ -142,7 +156,8 @@ class DataChecks:
         path = osp.abspath(dataset.ann_file) if dataset.ann_file else ''
         if hasattr(dataset, 'cat_ids') and path not in self.categories and self.latest in self.categories:
             # A remote file was read from a local copy.
-            self.categories[path], self.annotated[path] = self.categories[self.latest], self.annotated[self.latest]
+            for known in (self.categories, self.annotated, self.pictured):
+                known[path] = known[self.latest]
         self.latest = ''
         self.order.settle(dataset, path, self.categories.get(path) if hasattr(dataset, 'cat_ids') else None)
         first = next(iter(dataset.data_list), None)
@@ -155,7 +170,15 @@ class DataChecks:
         if classes and isinstance(palette, (list, tuple)) and 0 < len(palette) < len(classes):
             raise LaunchError(f'metainfo.palette of {name_of(dataset)} must have a color for each of the {len(classes)} '
                               f'classes, but has {len(palette)}: add colors, or leave palette out')
+        if hasattr(dataset, 'label_map'):
+            check_number_of_classes(dataset)
+        if type(dataset.pipeline) is Compose:  # before the workers of a loop by iterations start, which is when it is built
+            dataset.pipeline = NamingPipeline(dataset)
         record = Record(None if classes is None else tuple(classes), len(dataset.data_list))
+        if hasattr(dataset, 'cat_ids') and dataset._indices is None:
+            _say_of_filter(dataset, self.pictured.get(path, record.images))
+        if first.get('img_path'):
+            record.paths = np.array([hash(osp.normpath(str(info['img_path']))) for info in dataset.data_list], np.int64)
         if 'instances' in first:
             self._count_instances(dataset, record, path)
         elif 'gt_label' in first:
@@ -182,14 +205,15 @@ class DataChecks:
             _warn_of_far_corners(boxes, counts, infos, path or name_of(dataset))
         if any(getattr(step, 'with_mask', False) and 'Panoptic' not in type(step).__name__
                for step in steps_of(dataset.pipeline)):
-            maskless = sum('mask' not in instance for instance in instances)
+            maskless = [info['img_id'] for info in infos for instance in info['instances'] if 'mask' not in instance]
             if maskless:
-                raise LaunchError(f'every annotation in {path or name_of(dataset)} must have a segmentation, because the '
-                                  f'pipeline loads masks (with_mask=True), but {maskless} of {len(instances)} have none: add '
+                raise LaunchError(f'every annotation in {path or name_of(dataset)} must have a segmentation that can be used, '
+                                  f'because the pipeline loads masks (with_mask=True), but {len(maskless)} of '
+                                  f'{len(instances)} have none (image id {first_names(list(dict.fromkeys(maskless)))}): add '
                                   'them, or train a detector of boxes')
         if not counted:
             reason = ('its file has no annotations' if self.annotated.get(path) == 0 else f'{record.ignored} annotations are '
-                      'crowds (iscrowd=1), of other categories, outside of their image or without area')
+                      'crowds (iscrowd=1) or ignored (ignore=1), of other categories, outside of their image or without area')
             text = (f'{name_of(dataset)} must have objects of its classes, but its {len(infos)} images have none that counts; '
                     f'{reason}')
             if not dataset.test_mode:
@@ -221,8 +245,6 @@ class DataChecks:
                     if not dataset.serialize_data:
                         self._inspect_late(dataset)
                     broken += self._check_files(dataset, name)
-                    if type(dataset.pipeline) is Compose:
-                        dataset.pipeline = NamingPipeline(dataset)
             records = [self.records[dataset] for dataset in datasets if dataset in self.records]
             check_heads(model, records, f'{name}_dataloader')
             if name == 'train':
@@ -234,7 +256,19 @@ class DataChecks:
                 print(line)
             raise LaunchError(f'every image and label map must be usable, but this is not so for {len(broken)} '
                               f'({first_names(broken, 2)}): correct, replace or remove them')
+        if 'train' in loaders and 'val' in loaders:
+            self._warn_of_common_images(loaders['train'].dataset, loaders['val'].dataset)
         say(table(loaders, self.records))
+
+    def _warn_of_common_images(self, train: Any, val: Any) -> None:
+        """Images that a model was trained on make its validation too good."""
+        known = [self.records[dataset].paths for dataset in leaves(train) if dataset in self.records]
+        for dataset in leaves(val) if known else ():
+            common = np.isin(self.records[dataset].paths, np.concatenate(known)) if dataset in self.records else np.empty(0)
+            if common.any():
+                name = dataset.get_data_info(int(common.argmax()))['img_path']
+                warn(f'{common.sum()} of the {len(common)} images of val_dataloader ({name_of(dataset)}) are in '
+                     f'train_dataloader, too, such as {name}: the metrics of the validation will be too good')
 
     def _inspect_late(self, dataset: BaseDataset) -> None:
         before = dataset._metainfo.get('classes')
@@ -253,7 +287,7 @@ class DataChecks:
         if self.check_all:
             chosen = track(range(count), f'Checking {loader} files', console=Console(stderr=True))
         broken, labels = [], LabelMaps(dataset, loader) if hasattr(dataset, 'label_map') else None
-        sizes, turned = set(), turns_images(dataset)
+        sizes, turned, brightest = set(), turns_images(dataset), set()
         for index in chosen:
             info = dataset.get_data_info(index)
             path, label_map = info.get('img_path'), info.get('seg_map_path')
@@ -261,6 +295,7 @@ class DataChecks:
             size = size_of(path, turned) if isinstance(path, str) and not reasons[0][1] else None
             if size:
                 sizes.add(size)
+                brightest.add(brightest_of(path) or 0)
                 reasons.append((path, why_other_size(size, info)))
             if labels and isinstance(label_map, str) and '://' not in label_map and not any(reason for _, reason in reasons):
                 reasons.append((label_map, why_other_shape(labels.add(index, label_map), size)))
@@ -268,9 +303,21 @@ class DataChecks:
         record = self.records.get(dataset)
         if record and sizes and not record.sizes:
             record.sizes = spread(sizes) + f' ({SAMPLE} opened)' * (count > SAMPLE and not self.check_all)
+        if 0 < max(brightest, default=0) < 2 ** 15 and keeps_upper_bits(dataset):
+            _warn_of_dark_images(max(brightest), dataset)
         if labels and labels.seen and not broken:
             labels.check()
         return broken
+
+
+def _say_of_filter(dataset: BaseDataset, images: int) -> None:
+    """mmdet leaves images out of a training without a word."""
+    left_out, settings = images - len(dataset.data_list), dataset.filter_cfg or {}
+    reasons = ['without objects of its classes'] * bool(settings.get('filter_empty_gt'))
+    reasons += [f'with a side below {settings.get("min_size")} pixels'] * bool(settings.get('min_size'))
+    if left_out > 0 and reasons and not dataset.test_mode:
+        say(f'{name_of(dataset)}: {left_out} of {images} images are left out of the training (filter_cfg: those '
+            f'{", or ".join(reasons)})')
 
 
 def _warn_of_far_corners(boxes: np.ndarray, counts: Sequence[int], infos: Sequence[dict], name: str) -> None:
@@ -280,6 +327,13 @@ def _warn_of_far_corners(boxes: np.ndarray, counts: Sequence[int], infos: Sequen
     if outside:
         warn(f'{outside} of {len(boxes)} boxes of {name} end outside of their image; a bbox must be (x, y, width, height), not '
              'two corners')
+
+
+def _warn_of_dark_images(brightest: int, dataset: BaseDataset) -> None:
+    """Data of 10, 12 or 14 bits in images of 16 bits become almost black."""
+    warn(f'{name_of(dataset)} has images of 16 bits, but in those that were opened no value is above {brightest}. Of the 16 '
+         f'bits the upper 8 are loaded, so that none will be above {brightest // 256} of 255: write images of 8 bits, scaled '
+         'to the range of the data')
 
 
 def _count_labels(dataset: BaseDataset, record: Record) -> None:

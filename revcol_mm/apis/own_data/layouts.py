@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import track
 
 from ...checkpoint.safe import first_names
+from ...runtime import EXTENSIONS
 from ..checks.classes import check_names
 from ..checks.files import load_annotations, no_annotations
 from ..checks.label_maps import LabelMaps
 from ..errors import LaunchError
 from .foreign import convert, foreign_format
-from .names import folders_of, hidden_folders, images_below, only, part_folders, part_of, words_of
+from .names import folders_of, hidden_folders, images_below, only, others_below, part_folders, part_of, words_of
 
 #: Parts of the data.
 LONG = dict(train='training', val='validation')
@@ -129,6 +130,13 @@ def _place(part: Part) -> str:
     return part.annotations or part.images
 
 
+def _left_out(part: Part | None) -> tuple[str, ...]:
+    """Notes on files that are no images, or none that are read, because they would be missed in silence."""
+    folders = [] if part is None else [part.images, part.annotations]
+    return tuple(f'left out of {folder}: {others}, because images must end in {", ".join(EXTENSIONS)}'
+                 for folder in folders if folder and (others := others_below(folder)))
+
+
 def _why_none(root: str, scope: str, config: str) -> str:
     kind = foreign_format(root)
     if kind and scope == 'mmdet':
@@ -143,6 +151,8 @@ def _why_none(root: str, scope: str, config: str) -> str:
                     f'choose another config, or lay the data out as {EXPECTED[scope]}')
     there = [name + '/' * osp.isdir(osp.join(root, name)) for name in sorted(os.listdir(root))]
     held = f'annotations in the format of {kind}' if kind else first_names(there, 8)
+    if not images_below(root) and (others := others_below(root)):
+        held += f' with {others}, and no images that end in {", ".join(EXTENSIONS)}'
     return f'{root} must hold {NAMES[scope]} ({EXPECTED[scope]}), but no such data were found in it; it holds {held}'
 
 
@@ -253,7 +263,7 @@ def find_segmentation(root: str) -> OwnData | None:
                               f'testing ({test[0]}): {EXPECTED["mmseg"]}')
         train = _maps_of(images, maps)
     classes, notes = _map_classes(root, train)
-    return OwnData(root, 'mmseg', classes, train, parts['val'], notes)
+    return OwnData(root, 'mmseg', classes, train, parts['val'], notes + _left_out(train) + _left_out(parts['val']))
 
 
 def _map_part(root: str, images: str, maps: str, part: str) -> Part | None:
@@ -271,6 +281,9 @@ def _maps_of(images: str, maps: str) -> Part:
     suffixes = {}
     for folder, names in files.items():
         endings = Counter(osp.splitext(name)[1] for name in names)
+        if not names:
+            raise LaunchError(f'{folder} must have images that end in {", ".join(EXTENSIONS)}, but has '
+                              f'{others_below(folder) or "none"}')
         if len(endings) != 1:
             found = first_names([f'{count} {ending}' for ending, count in endings.most_common()])
             raise LaunchError(f'all images in {folder} must have names that end alike, such as .png, but there are {found}: '
@@ -331,7 +344,8 @@ def find_classification(root: str) -> OwnData | None:
     empty = [name for name in classes if name not in filled]
     if empty:
         raise LaunchError(f'every folder in {folder} is a class and must have images, but {first_names(empty)} '
-                          f'{"has" if len(empty) == 1 else "have"} none: remove the folder, or add its images')
+                          f'{"has" if len(empty) == 1 else "have"} none that end in {", ".join(EXTENSIONS)}: remove the '
+                          'folder, or add its images')
     if len(classes) < 2:
         if folders['train'] is None:
             return None
@@ -341,7 +355,7 @@ def find_classification(root: str) -> OwnData | None:
     val = None
     if folders['val'] is not None:
         val = Part(folders['val'], samples=_class_samples(folders['val'], _class_folders(folders['val'])))
-    return OwnData(root, 'mmpretrain', tuple(classes), train, val)
+    return OwnData(root, 'mmpretrain', tuple(classes), train, val, _left_out(train) + _left_out(val))
 
 
 def _class_folders(path: str) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import os.path as osp
 import re
+from collections import Counter
 from typing import Sequence
 
 from ...checkpoint.safe import first_names
@@ -57,11 +58,22 @@ def only(candidates: Sequence[str], root: str, what: str) -> str | None:
     return candidates[0] if candidates else None
 
 
-def images_below(folder: str) -> list[str]:
-    """The image files in a folder and those below it, as paths from it."""
+def _files_below(folder: str) -> list[str]:
+    """The files in a folder and those below it, as paths from it, without hidden ones."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        found += [osp.relpath(osp.join(place, name), folder) for name in sorted(names)
-                  if name.lower().endswith(EXTENSIONS) and not is_hidden(name)]
+        found += [osp.relpath(osp.join(place, name), folder) for name in sorted(names) if not is_hidden(name)]
     return found
+
+
+def images_below(folder: str) -> list[str]:
+    """The image files in a folder and those below it, as paths from it."""
+    return [name for name in _files_below(folder) if name.lower().endswith(EXTENSIONS)]
+
+
+def others_below(folder: str) -> str:
+    """How the other files in a folder and those below it end, with their numbers: '300 .heic, 1 .txt'; '' without any."""
+    endings = Counter(osp.splitext(name)[1].lower() or osp.basename(name) for name in _files_below(folder)
+                      if not name.lower().endswith(EXTENSIONS))
+    return first_names([f'{count} {ending}' for ending, count in endings.most_common()]) if endings else ''

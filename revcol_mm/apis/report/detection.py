@@ -37,13 +37,14 @@ def recorded_evaluations() -> Iterator[dict[str, Any]]:
         yield kept
 
 
-def find_of_detection(evaluations: Mapping[str, Any], paths: Mapping[int, str], labels: Mapping[int, int]) -> Findings:
+def find_of_detection(evaluations: Mapping[str, Any], paths: Mapping[int | str, str], labels: Mapping[int | str, int]
+                      ) -> Findings:
     """What pycocotools' evaluation says of every class, and what was confused.
 
     Args:
         evaluations (Mapping[str, COCOeval]): accumulated, by 'bbox' and 'segm'; at least that of the boxes.
-        paths (Mapping[int, str]): image files by their ids.
-        labels (Mapping[int, int]): labels of the model by the ids of their categories.
+        paths (Mapping[int | str, str]): image files by their ids.
+        labels (Mapping[int | str, int]): labels of the model by the ids of their categories.
 
     Returns:
         Findings: AP over the thresholds of the evaluation, at 0.5 and 0.75 IoU, and curves of boxes at 0.5 IoU. As in the
@@ -52,7 +53,7 @@ def find_of_detection(evaluations: Mapping[str, Any], paths: Mapping[int, str], 
         overlap an object by 0.5 IoU, whatever its class.
     """
     boxes = evaluations['bbox']
-    ids = [int(index) for index in boxes.params.catIds]  # sorted, as the results are
+    ids = np.asarray(boxes.params.catIds).tolist()  # numbers or texts; sorted, as the results are
     names = [category['name'] for category in boxes.cocoGt.loadCats(ids)]
     counted = [annotation for annotation in boxes.cocoGt.dataset['annotations'] if not annotation.get('iscrowd')]
     table: dict[str, list] = {'objects': [sum(one['category_id'] == index for one in counted) for index in ids]}

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from revcol_mm.apis import test, train
 from revcol_mm.apis.checks import DataChecks
+from revcol_mm.apis.checks.images import SampleError
 from revcol_mm.apis.errors import LaunchError
 from revcol_mm.checkpoint import CheckpointError
 
@@ -150,6 +151,18 @@ def test_a_config_that_names_the_hook_is_checked_in_any_runner():
     with pytest.raises(LaunchError, match='set auto_scale_lr.base_batch_size to 16/8'):
         build(**{'auto_scale_lr.enable': True, 'auto_scale_lr.base_batch_size': 16,
                  'optim_wrapper.accumulative_counts': 8}).train()
+
+
+def test_workers_that_start_before_the_hook_name_a_broken_image(folder):
+    """A loop by iterations starts them when it is built."""
+    for index in range(2, 20):
+        shutil.copy('train/a/0.png', f'train/a/{index}.png')
+    (folder / 'train/a/10.png').write_bytes(b'')  # the second image, which is not among those that are opened before
+    loop = "train_cfg = dict(type='IterBasedTrainLoop', max_iters=2)"
+    (folder / 'config.py').write_text(CONFIG.replace('train_cfg = dict(by_epoch=True, max_epochs=2)', loop))
+    for start in (build(**{'train_dataloader.num_workers': 1}).train, lambda: run('train_dataloader.num_workers=1')):
+        with pytest.raises(SampleError, match='train/a/10.png cannot be used: the file is empty'):
+            start()
 
 
 def test_a_run_that_does_not_start_leaves_nothing_behind():

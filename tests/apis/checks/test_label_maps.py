@@ -88,6 +88,22 @@ def test_all_maps_are_looked_at_with_check_all(tmp_path):
         check_maps(checks, dataset)
 
 
+@pytest.mark.parametrize('limit, settings', [(255, {}), (256, dict(ignore_index=300)), (254, dict(reduce_zero_label=True))])
+def test_more_classes_than_8_bits_tell_apart_are_refused_where_mmseg_loads_the_maps(tmp_path, limit, settings):
+    def build(folder: str, count: int, pipeline: list) -> BaseSegDataset:
+        values = [limit - 1 + ('reduce_zero_label' in settings)] * 2
+        with DataChecks().watching():
+            return BaseSegDataset(**write_maps(tmp_path / folder, values), **settings, pipeline=pipeline,
+                                  metainfo=dict(classes=[str(index) for index in range(count)]))
+
+    steps = [LoadImageFromFile(), LoadAnnotations(), PackSegInputs()]
+    sample = build('most', limit, steps)[0]['data_samples']
+    assert sample.gt_sem_seg.data.unique().tolist() == [limit - 1]  # the last class as such
+    with pytest.raises(LaunchError, match=f'must have at most {limit} classes, because mmseg .* but it has {limit + 1}: '):
+        build('more', limit + 1, steps)
+    build('other', limit + 1, [LoadImageFromFile()])
+
+
 def test_maps_without_names_for_their_values_are_refused(checks, tmp_path):
     with pytest.raises(LaunchError, match=r'must have names for the values of its label maps.*metainfo=dict\(classes='):
         BaseSegDataset(**write_maps(tmp_path, [0, 1]))
@@ -126,6 +142,13 @@ def test_a_label_map_of_another_size_is_named_when_it_is_met(tmp_path, test_mode
     cv2.imwrite(str(tmp_path / 'map' / '1.png'), np.array([[0, 1, 1], [0, 1, 1]], np.uint8))
     with pytest.raises(SampleError, match='map/1.png cannot be used: a label map must have the size of its image'):
         dataset[1]
+
+
+def test_a_map_that_is_too_large_for_pillow_is_named(checks, tmp_path, monkeypatch):
+    dataset = BaseSegDataset(metainfo=dict(classes=('a', 'b')), **write_maps(tmp_path, [0, 1]))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1)
+    with pytest.raises(LaunchError, match='map/0.png cannot be used: DecompressionBombError: Image size .4 pixels. exceeds'):
+        check_maps(checks, dataset)
 
 
 def test_a_map_of_one_bit_per_pixel_holds_the_classes_0_and_1(checks, tmp_path, said):

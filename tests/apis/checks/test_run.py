@@ -3,12 +3,13 @@
 import gc
 from types import SimpleNamespace
 
+import pytest
 from mmdet.datasets import CocoDataset
 from mmengine.dataset import BaseDataset
 
 from revcol_mm.apis.checks.report import table
 from revcol_mm.apis.checks.run import DataChecks
-from tests.apis.checks.made_up import BOX, coco_set, write_coco
+from tests.apis.checks.made_up import BOX, coco_set, loaders, model_of, write_coco
 
 
 def test_the_table_has_the_numbers_of_the_data_set(checks, tmp_path):
@@ -20,6 +21,22 @@ def test_the_table_has_the_numbers_of_the_data_set(checks, tmp_path):
     text = table(dict(train=SimpleNamespace(dataset=dataset)), checks.records)
     row = [cell.strip() for cell in next(line for line in text.splitlines() if 'CocoDataset' in line).split('│')]
     assert row[1:-1] == ['train', 'CocoDataset', '2', '3', '1', '2', '2/0/0', '1', '50×40 to 60×70']
+
+
+@pytest.mark.parametrize('common', [0, 1])
+def test_images_of_the_validation_that_are_trained_on_are_a_warning_with_the_number(checks, tmp_path, said, common):
+    def share(content):
+        for image in content['images'][1:1 + common]:
+            image['file_name'] = f'../train/{image["file_name"]}'
+
+    train = coco_set(write_coco(tmp_path, objects=('disc', 'square', 'square')))
+    val = coco_set(write_coco(tmp_path, 'val', change=share))
+    checks.check(loaders(train=train, val=val), model_of(2), {})
+    checks.check(loaders(val=train), model_of(2), {})  # without a training
+    lines = [line for line in said if 'are in train_dataloader' in line]
+    assert len(lines) == common and all(line.startswith(
+        f'1 of the 2 images of val_dataloader (CocoDataset {tmp_path}/val.json) are in train_dataloader, too, such as '
+        f'{tmp_path}/val/../train/1.png: ') for line in lines)
 
 
 def test_the_libraries_are_as_before_when_the_checks_have_stopped(tmp_path):

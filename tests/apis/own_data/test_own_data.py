@@ -240,6 +240,23 @@ def test_class_folders_are_the_classes_in_the_order_of_their_names(tmp_path):
     assert data.classes == ('cat', 'dog') and data.val.images == f'{tmp_path}/valid/'
 
 
+@pytest.mark.parametrize('scope', ['mmseg', 'mmpretrain'])
+def test_files_that_are_not_taken_for_images_are_counted(tmp_path, scope):
+    root, folder = tmp_path / 'mine', 'images/train' if scope == 'mmseg' else 'train'
+    if scope == 'mmseg':
+        (write_maps(root) / 'classes.txt').write_text('road\nsky\n')
+    else:
+        write_images(*(root / part / group / '0' for part in ('train', 'val') for group in 'ab'))
+    assert find_data(str(root), SCOPES[scope]).notes == ()
+    (root / folder / 'a').mkdir(exist_ok=True)
+    for name in ('1.JFIF', '2.jfif', '1.heic', '.hidden.heic', 'LABELS'):
+        (root / folder / 'a' / name).write_bytes(b'')
+    data = find_data(str(root), SCOPES[scope])
+    note, = data.notes
+    assert note.startswith(f'left out of {root}/{folder}/: 2 .jfif, 1 .heic, 1 LABELS, because images must end in .jpg, .jpeg')
+    assert len(data.train.samples) == 2
+
+
 # Configs -------------------------------------------------------------------------------------------------------------------
 
 def head_sizes(cfg: Config) -> dict[str, int]:
@@ -479,6 +496,14 @@ def no_map(root):
     (write_maps(root) / 'annotations' / 'val' / '1.png').unlink()
 
 
+def broken_map(root):
+    (write_maps(root) / 'annotations' / 'train' / '1.png').write_bytes(b'no image')
+
+
+def empty_map(root):
+    (write_maps(root) / 'annotations' / 'train' / '1.png').write_bytes(b'')
+
+
 def mixed_endings(root):
     write_images(write_maps(root) / 'images' / 'train' / '9')
 
@@ -505,6 +530,22 @@ def folder_without_images(root):
     for part in ('train', 'val'):
         write_folders(root / part, 'a', 'b')
     (root / 'train' / 'c').mkdir()
+
+
+def unread_images(root):
+    write_images(*(root / part / group / str(index) for part in ('train', 'val') for group in 'ab' for index in range(2)),
+                 suffix='.jp2')
+
+
+def unread_class(root):
+    for part in ('train', 'val'):
+        write_folders(root / part, 'a', 'b')
+    write_images(root / 'train' / 'c' / '0', suffix='.jp2')
+
+
+def unread_images_with_maps(root):
+    for image in (write_maps(root) / 'images' / 'val').iterdir():
+        image.rename(image.with_suffix('.jfif'))
 
 
 def hidden_class_folder(root):
@@ -534,10 +575,15 @@ def hidden_images(root):
     ('mmseg', line_twice, 'every class in .*classes.txt must have a name of its own, but there are several road'),
     ('mmseg', gaps, 'from 0 on without a gap .*but hold 0, 128, 255: write the names of all classes into classes.txt'),
     ('mmseg', no_map, r'must have a label map of its name in .*annotations/val/, but 1 of 2 have none \(1\)'),
+    ('mmseg', broken_map, 'the label map .*annotations/train/1.png cannot be used: the file cannot be read as an image'),
+    ('mmseg', empty_map, 'the label map .*annotations/train/1.png cannot be used: the file is empty'),
     ('mmseg', mixed_endings, r'images/train/ must have names that end alike, such as .png, but there are 2 .jpg, 1 .png'),
     ('mmseg', one_line, 'at least two, the background counted, but has crack'),
     ('mmseg', hidden_images, 'images/train/ must have no hidden folders, because mmseg .* it has .ipynb_checkpoints'),
     ('mmpretrain', folder_without_images, 'every folder in .*train/ is a class and must have images, but c has none'),
+    ('mmpretrain', unread_images, 'it holds train/, val/ with 8 .jp2, and no images that end in .jpg, .*.pgm'),
+    ('mmpretrain', unread_class, 'must have images, but c has none that end in .jpg, .*.pgm: remove the folder'),
+    ('mmseg', unread_images_with_maps, 'images/val/ must have images that end in .jpg, .*.pgm, but has 2 .jfif'),
     ('mmpretrain', hidden_class_folder, 'val/ must have no hidden folders, because mmpretrain .* it has __MACOSX'),
     ('mmpretrain', one_class, 'train/ must have a folder for each class, of which there are at least two, but has only a')])
 def test_a_folder_that_cannot_be_used_is_named_with_what_it_has_and_should_have(tmp_path, scope, make, said):

@@ -80,13 +80,13 @@ def written(findings: Findings, tmp_path: Path, **metrics) -> Page:
 
 # Values --------------------------------------------------------------------------------------------------------------------
 
-def evaluate(truths: list[tuple], found: list[tuple], tmp_path: Path):
+def evaluate(truths: list[tuple], found: list[tuple], tmp_path: Path, ids=(1, 2, 3)):
     """pycocotools' evaluation of (image, class, box) and (image, class, box, score), through mmdet's metric."""
     images = [dict(id=index, file_name=f'{index}.png', width=100, height=100) for index in (1, 2)]
     path = tmp_path / 'truth.json'
     path.write_text(json.dumps(dict(
-        images=images, categories=[dict(id=index + 1, name=name) for index, name in enumerate(NAMES)],
-        annotations=[dict(id=number + 1, image_id=image, category_id=label + 1, bbox=box, area=box[2] * box[3], iscrowd=0)
+        images=images, categories=[dict(id=index, name=name) for index, name in zip(ids, NAMES)],
+        annotations=[dict(id=number + 1, image_id=image, category_id=ids[label], bbox=box, area=box[2] * box[3], iscrowd=0)
                      for number, (image, label, box) in enumerate(truths)])))
     metric = coco_metric.CocoMetric(str(path), metric='bbox')
     metric.dataset_meta = dict(classes=NAMES)
@@ -104,14 +104,15 @@ def evaluate(truths: list[tuple], found: list[tuple], tmp_path: Path):
     return kept, metrics
 
 
-def test_ap_confusions_and_f1_are_those_of_a_case_computed_by_hand(tmp_path):
+@pytest.mark.parametrize('ids', [(1, 2, 3), ('d', 'q', 't')])
+def test_ap_confusions_and_f1_are_those_of_a_case_computed_by_hand(tmp_path, ids):
     truths = [(1, 0, [0, 0, 20, 20]), (1, 1, [40, 40, 20, 20]), (2, 0, [0, 0, 20, 20]), (2, 1, [60, 0, 20, 20])]
     found = [(1, 0, [0, 0, 20, 20], .9), (1, 1, [40, 40, 20, 20], .8),  # both right
              (2, 1, [0, 0, 20, 20], .7),                              # a disc that is taken for a square
              (2, 0, [60, 60, 20, 20], .6),                            # nothing is there
              (2, 1, [60, 0, 20, 20], .1)]                             # right, but too unsure to count as one
-    kept, metrics = evaluate(truths, found, tmp_path)
-    result = find_of_detection(kept, {1: 'one.png', 2: 'two.png'}, {1: 0, 2: 1, 3: 2})
+    kept, metrics = evaluate(truths, found, tmp_path, ids)
+    result = find_of_detection(kept, {1: 'one.png', 2: 'two.png'}, {index: label for label, index in enumerate(ids)})
     assert result.classes == list(NAMES) and result.table['objects'] == [2, 2, 0]
     # Disc: one of two objects, found first: 51 of the 101 points of recall. Square: found first and third, so that precision
     # is 1 up to half of the objects, and 2/3 beyond.
