@@ -216,10 +216,11 @@ class RevColClassifier(nn.Module):
         if prune_head:
             self.reset_classifier(0, '')
             self.head.requires_grad_(False)  # its norm. DistributedDataParallel would wait for the gradients of what is unused
-        levels, last = take_levels(indices), self.backbone.columns[-1]
-        for level in range(1 + max(levels), len(REDUCTION)):  # of the last column, which no later one reads
-            last.levels[level].requires_grad_(False)
-            last.gammas[level].requires_grad_(False)
+        levels = take_levels(indices)
+        for later, column in enumerate(reversed(self.backbone.columns)):  # a level reads the one above it in the column before
+            for level in range(1 + max(levels) + later, len(REDUCTION)):
+                column.levels[level].requires_grad_(False)
+                column.gammas[level].requires_grad_(False)
         return levels
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
