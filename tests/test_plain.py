@@ -197,7 +197,8 @@ def test_timm_extracts_the_same_features(timm, released, images):
 def test_timms_layer_decay_is_that_of_the_paper(timm):
     model = timm.create_model('revcol_tiny')
     layers = {id(value): model.backbone.get_layer_depth(name, 'backbone.') for name, value in model.named_parameters()}
-    optimizer = importlib.import_module('timm.optim').create_optimizer_v2(model, 'adamw', lr=1., weight_decay=0.05, layer_decay=0.9)
+    create = importlib.import_module('timm.optim').create_optimizer_v2
+    optimizer = create(model, 'adamw', lr=1., weight_decay=0.05, layer_decay=0.9)
     for group in optimizer.param_groups:
         for parameter in group['params']:
             layer, number = layers[id(parameter)]
