@@ -217,10 +217,12 @@ class RevColClassifier(nn.Module):
             self.reset_classifier(0, '')
             self.head.requires_grad_(False)  # its norm. DistributedDataParallel would wait for the gradients of what is unused
         levels = take_levels(indices)
-        for later, column in enumerate(reversed(self.backbone.columns)):  # a level reads the one above it in the column before
-            for level in range(1 + max(levels) + later, len(REDUCTION)):
+        highest = max(levels)
+        for column in reversed(self.backbone.columns):
+            for level in range(1 + highest, len(REDUCTION)):
                 column.levels[level].requires_grad_(False)
                 column.gammas[level].requires_grad_(False)
+            highest = max([highest, *(above for level in range(1 + highest) for above in column.above[level])])
         return levels
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:

@@ -229,6 +229,17 @@ def test_every_trained_weight_of_features_has_a_gradient(released, images, rever
         assert not [name for name, value in net.named_parameters() if value.requires_grad and value.grad is None]
 
 
+def test_levels_that_the_shallow_ones_read_are_trained(monkeypatch):
+    """In RevCol-H, level 0 reads level 3 of the column before."""
+    monkeypatch.setitem(RevCol.ARCHS, 'huge', dict(RevCol.ARCHS['huge'], channels=WIDTHS, depths=(1, 1, 1, 1), num_columns=3))
+    net = revcol_mm.create_model('revcol_huge', features_only=True, out_indices=(0, ))
+    frozen = {name.partition('backbone.')[2].split('.')[1] for name, value in net.named_parameters()
+              if not value.requires_grad and 'backbone.subnet' in name and 'subnet0' not in name}
+    assert frozen == {f'{part}{level}' for part in ('level', 'alpha') for level in (1, 2, 3)}
+    assert {name.partition('backbone.')[2].split('.')[0] for name, value in net.named_parameters()
+            if not value.requires_grad and '.level' in name} == {'subnet2'}
+
+
 def test_timm_knows_how_images_are_prepared(timm, released):
     config = timm.data.resolve_data_config(model=timm.create_model('revcol_tiny'))
     said = pretrained_cfg('revcol_tiny')

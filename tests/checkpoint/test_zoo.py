@@ -122,7 +122,8 @@ def test_an_unknown_name_gets_the_names_that_there_are():
     ('dino_revcol_h', 'revcol_h_in1k_640_ft'),  # the size counts more than the task
 ])
 def test_a_config_without_weights_names_the_nearest_one_with_some(name, nearest):
-    with pytest.raises(CheckpointError, match=rf'{name} has no public weights\. The nearest .* is {nearest}: zoo:{nearest}$'):
+    with pytest.raises(CheckpointError, match=rf'{name} has no public weights\. The nearest .* is {nearest}: give that config, '
+                                              rf'and zoo:{nearest}$'):
         find_address(f'zoo:{name}')
 
 

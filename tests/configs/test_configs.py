@@ -162,12 +162,19 @@ def test_segmentors_crop_slide_and_warm_up_as_the_release(name, crop, stride, ch
 
 
 @pytest.mark.parametrize('name,kernel', [
-    ('cascade_rcnn_revcol_t_k5_1x', 5), ('cascade_rcnn_revcol_t_k7_1x', 7), ('cascade_rcnn_revcol_t_k11_1x', 11),
     ('htc_revcol_h', 7), ('dino_revcol_h_o365', 7), ('upernet_revcol_h', 7), ('mask2former_revcol_h', 13)])
 def test_padded_kernels_start_from_the_file_that_the_padder_writes(name, kernel):
     backbone = load_config(name).model.backbone
     assert backbone.kernel_size == kernel
     assert backbone.init_cfg.checkpoint.endswith(f'_k{kernel}.pth')
+
+
+@pytest.mark.parametrize('kernel', [5, 7, 11])
+def test_the_kernels_of_table_8_are_padded_while_they_are_loaded(kernel):
+    backbone, smaller = (load_config(name).model.backbone for name in (f'cascade_rcnn_revcol_t_k{kernel}_1x',
+                                                                       'cascade_rcnn_revcol_t_1x'))
+    assert (backbone.kernel_size, backbone.pad_pretrained) == (kernel, True)
+    assert backbone.init_cfg.checkpoint == smaller.init_cfg.checkpoint and backbone.init_cfg.checkpoint.startswith('https://')
 
 
 def test_htc_plus_plus_has_its_parts():
