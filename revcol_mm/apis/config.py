@@ -33,7 +33,7 @@ class _Settings(DictAction):
     def _parse_iterable(val: str) -> Any:
         with contextlib.suppress(SyntaxError, ValueError):
             found = ast.literal_eval(val.strip())
-            if isinstance(found, (list, tuple, dict)):
+            if isinstance(found, (list, tuple, dict)) and val.strip()[0] in '[({':
                 return found
         quoted = re.fullmatch(r"""(['"])([^,\[(]*)\1""", val.strip())
         val = quoted[2] if quoted else val

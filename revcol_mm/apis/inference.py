@@ -218,8 +218,8 @@ def _classes_and_palette(cfg: Config, meta: Mapping, scope: str) -> tuple[Sequen
     given, order = found.get('classes'), find_file_classes(cfg)
     palette = found.get('palette')
     classes = order or given
-    if classes and palette is not None:
-        named = dict(zip(defaults.get('classes') if len(palette) != len(given or ()) else given, palette))
+    if classes and isinstance(palette, (list, tuple)):
+        named = dict(zip((given if len(palette) == len(given or ()) else defaults.get('classes')) or (), palette))
         palette = [named[name] for name in classes] if set(classes) <= set(named) else palette
         palette = palette if len(palette) == len(classes) else None  # mmseg refuses another number
     if classes:

@@ -166,11 +166,13 @@ def test_a_value_of_cfg_options_keeps_its_blanks_unless_it_is_a_list():
     config.add_config_options(parser)
     values = {'path': '/my runs/bob (2).pth', 'number': ' 4 ', 'nothing': 'None', 'list': '[1, 2]', 'bare': 'a, b',
               'tuple': '[(1, 2), (3, 4)]', 'quoted': '"[a, b]"', 'names': "('traffic light','stop sign')",
-              'text': "'traffic light'", 'dicts': "[{'type': 'LocalVisBackend'}]", 'one': '(3)', 'digits': "'4'"}
+              'text': "'traffic light'", 'dicts': "[{'type': 'LocalVisBackend'}]", 'one': '(3)', 'digits': "'4'",
+              'numbers': '480,512'}
     options = parser.parse_args(['--cfg-options', *(f'{key}={value}' for key, value in values.items())]).cfg_options
     assert options == {'path': '/my runs/bob (2).pth', 'number': 4, 'nothing': None, 'list': [1, 2], 'bare': ['a', 'b'],
                        'tuple': [(1, 2), (3, 4)], 'quoted': ['a', 'b'], 'names': ('traffic light', 'stop sign'),
-                       'text': 'traffic light', 'dicts': [dict(type='LocalVisBackend')], 'one': (3, ), 'digits': 4}
+                       'text': 'traffic light', 'dicts': [dict(type='LocalVisBackend')], 'one': (3, ), 'digits': 4,
+                       'numbers': [480, 512]}
 
 
 def test_a_test_leaves_out_the_hook_that_would_build_the_training_data(workshop, tmp_path, monkeypatch):

@@ -70,12 +70,14 @@ def test_the_validation_with_which_a_resumed_run_begins_belongs_to_its_checkpoin
                         dict(lr=1, loss=3., step=2), dict(score=0.2, step=0), dict(lr=1, loss=9., step=3)],
                  second=[dict(score=0.2, step=0), {'features/column0/level0/std': 1., 'step': 3}, dict(lr=1, loss=2., step=3),
                          dict(score=0.3, step=0)],
-                 third=[dict(score=0.3, step=0)])
+                 third=[dict(score=0.3, step=0)], fourth=[dict(score=0.5, step=0), dict(score=0.6, step=0)])
     for name, entries in lines.items():
         (tmp_path / name).write_text(''.join(json.dumps(entry) + '\n' for entry in entries))
-    train, val = read_scalars([tmp_path / name for name in lines])
+    train, val = read_scalars([tmp_path / name for name in ('first', 'second', 'third')])
     assert train['loss'] == [(1, 4.), (2, 3.), (3, 2.)] and val['score'] == [(1, 0.1), (2, 0.2), (3, 0.3)]
     assert not [name for name in val if name.startswith('features/')]
+    # Several validations before the first line of the training.
+    assert read_scalars([tmp_path / 'first', tmp_path / 'fourth'])[1]['score'] == [(1, 0.1), (2, 0.2), (3, 0.5), (3, 0.6)]
 
 
 def test_a_line_that_a_killed_run_has_cut_off_is_left_out(tmp_path):

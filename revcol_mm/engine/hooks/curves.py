@@ -88,9 +88,9 @@ def read_scalars(files: Iterable[Path]) -> tuple[Curves, Curves]:
         first = min((entry['step'] for entry in here[0]), default=math.inf)
         train[:] = [entry for entry in train if entry['step'] < first]
         begin = train[-1]['step'] if train else 0
-        if here[1] and here[1][0]['step'] is None:  # a resumed run begins with the validation of its checkpoint
-            first = begin
-            here[1][0]['step'] = begin
+        for entry in here[1]:
+            if entry['step'] is None:  # a resumed run begins with the validation of its checkpoint
+                first = entry['step'] = begin
         val[:] = [entry for entry in val if entry['step'] < first] + here[1]
         train += here[0]
     curves: tuple[Curves, Curves] = defaultdict(list), defaultdict(list)
