@@ -389,8 +389,7 @@ def find_images(patterns: Sequence[str], out: str | None = None) -> list[str]:
     Raises:
         ValueError: for a pattern that names no image.
     """
-    earlier = tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in ('vis', 'maps')
-                    if os.path.isfile(os.path.join(out, 'images.json'))) if out else ()
+    earlier = earlier_outputs(out)
     found: dict[str, str] = {}
     for pattern in map(os.path.expanduser, patterns):
         places = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -406,6 +405,13 @@ def find_images(patterns: Sequence[str], out: str | None = None) -> list[str]:
         for path in paths:
             found.setdefault(os.path.abspath(path), path)
     return list(found.values())
+
+
+def earlier_outputs(out: str | None) -> tuple[str, ...]:
+    """Beginnings of the real paths of the pictures and label maps that an earlier run has written into the folder ``out``."""
+    if not out or not os.path.isfile(os.path.join(out, 'images.json')):
+        return ()
+    return tuple(os.path.realpath(os.path.join(out, name)) + os.sep for name in ('vis', 'maps'))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -432,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f'the output {path} exists already: choose another folder, or replace it with --force')
         os.makedirs(args.out, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()  # an error before the run if nothing can be written there
-        images, predictions, left_out = _predict_all(model, paths, args)
+        images, predictions, left_out = _predict_all(model, paths, outputs, args)
         for name, content in dict(images=dict(images=images, annotations=[], categories=_categories(model, predictions)),
                                   predictions=predictions).items():
             _write(files[name], json.dumps(content).encode())
@@ -443,9 +449,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return (3 if images else 1) if left_out else 0
 
 
-def _predict_all(model: Model, paths: Sequence[str], args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
+def _predict_all(model: Model, paths: Sequence[str], outputs: dict[str, list[str]], args: argparse.Namespace
+                 ) -> tuple[list[dict], list[dict], int]:
     images, predictions, left_out = [], [], 0
-    outputs = _outputs_of(paths, args.out)
     for number, path in enumerate(paths, 1):
         if sys.stderr.isatty():
             print(f'\rimage {number} of {len(paths)}', end='\n' * (number == len(paths)), file=sys.stderr, flush=True)

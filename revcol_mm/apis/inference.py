@@ -32,7 +32,7 @@ from ..checkpoint.loading import check_weights, find_differences, find_meta, fin
 from ..checkpoint.safe import first_names
 from ..checkpoint.zoo import find_address
 from ..converters import to_current_names
-from ..runtime import EXTENSIONS, TOP, encode_map, encode_picture
+from ..runtime import EXTENSIONS, TOP, earlier_outputs, encode_map, encode_picture
 from ..utils.configs import kind_of
 from .checks import check_checkpoint, classes_of_meta, find_file_classes, read_annotations
 from .checks.common import class_of, settings_of_leaves
@@ -241,8 +241,7 @@ def find_images(patterns: Sequence[str], out: str | None = None) -> list[str]:
     Raises:
         FileNotFoundError: for a pattern that names no image.
     """
-    earlier = [osp.realpath(osp.join(out, name)) + os.sep for name in ('vis', 'maps')
-               if osp.isfile(osp.join(out, 'images.json'))] if out else []
+    earlier = earlier_outputs(out)
     unique: dict[str, str] = {}
     for pattern in patterns:
         pattern = osp.expanduser(pattern)
@@ -255,7 +254,7 @@ def find_images(patterns: Sequence[str], out: str | None = None) -> list[str]:
             else:
                 images.append(path)
         if images != [pattern]:
-            images = [path for path in images if not osp.realpath(path).startswith(tuple(earlier))]
+            images = [path for path in images if not osp.realpath(path).startswith(earlier)]
         if not images:
             raise FileNotFoundError(f'there is no image {pattern} (looked from {os.getcwd()})' if not found else
                                     f'there are no images ({", ".join(EXTENSIONS)}) in {pattern}')
